@@ -1,0 +1,125 @@
+"""What every inference engine offers, and the messages it exchanges.
+
+Token ids in, token ids out: an engine never sees text except to match stop strings. Each sampled token carries its
+log-probability under the distribution it was drawn from (temperature, top-k and top-p applied) and the policy version
+of the weights that produced it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+
+class PauseMode(StrEnum):
+    """What a pause does with the requests in flight."""
+
+    KEEP_KV = "keep_kv"
+    """Requests and their KV stay; they go on where they were."""
+    KEEP_REQUESTS = "keep_requests"
+    """Requests stay, their KV is dropped and recomputed on resume."""
+    ABORT = "abort"
+    """Requests end with finish reason ``abort`` and the tokens they have."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class KvPolicy(StrEnum):
+    """What a weight update does with the KV of requests in flight and of sessions between turns."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    AUTO = "auto"
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn to generate. ``prompt`` is the whole context; a session's cached prefix is not computed again."""
+
+    request_id: str
+    session_id: str
+    """Requests of one session share KV from turn to turn; one request at a time per session."""
+    prompt: npt.NDArray[np.int32]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    """With the position of a token this alone decides the random number it is drawn with."""
+    pinned_version: int | None = None
+    """Generate with exactly this version (which must have been pinned); None: whatever is served."""
+
+
+class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Some more tokens of a request. The last chunk of a request carries ``finish_reason``."""
+
+    request_id: str
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    versions: npt.NDArray[np.int32]
+    finish_reason: FinishReason | None = None
+    stop_match: str | None = None
+    """The stop string that ended the request, if one did."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was reused (on the first chunk)."""
+    error: str | None = None
+
+
+class WeightUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """A staged version to switch to."""
+
+    version: int
+    kv: KvPolicy = KvPolicy.AUTO
+
+
+class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of an engine's load and counters (counters are cumulative)."""
+
+    version: int
+    running: int = 0
+    waiting: int = 0
+    sessions: int = 0
+    kv_used: float = 0.0
+    """Share of the KV capacity in use, 0 to 1."""
+    paused: bool = False
+    generated_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    evicted_sessions: int = 0
+    busy_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    stall_s: float = 0.0
+    """Seconds in which requests waited for a weight swap."""
+
+
+class InferenceEngine(Protocol):
+    """The contract that ``torch``, ``vllm``, ``sglang`` and ``synthetic`` engines keep."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]: ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def release(self, session_id: str) -> None: ...
+
+    async def pause(self, keep: PauseMode) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def apply(self, update: WeightUpdate) -> int:
+        """Switch to a staged version at a token boundary; returns the version now served."""
+        ...
+
+    async def health(self) -> EngineHealth: ...
