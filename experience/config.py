@@ -1,0 +1,92 @@
+"""Settings of the staleness contract and of the experience queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+
+class OnViolation(Enum):
+    """What happens to tokens that became too old (member names are what a YAML file says)."""
+
+    mask_tokens = "mask_tokens"
+    """Old tokens stay as context and carry no loss; young ones train."""
+    drop_group = "drop_group"
+    """A group with any token that is too old is dropped."""
+    wait = "wait"
+    """The learner waits for the group that would otherwise become too old."""
+
+
+class LagController(Enum):
+    """Who sets ``target_lag`` during a run."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class QueueOrder(Enum):
+    """Which of the finished groups is delivered first."""
+
+    oldest_first = "oldest_first"
+    """The one dispatched first."""
+    ready_first = "ready_first"
+    """The one finished first."""
+    windowed = "windowed"
+    """The one dispatched first, among the ``window`` oldest positions that are not yet delivered."""
+
+
+@dataclass
+class StalenessConfig:
+    """Three separate knobs: where the lag settles, how old a trained token may be, and what happens beyond that."""
+
+    target_lag: float = 1.0
+    """Policy versions that dispatching runs ahead of the learner; fractions are allowed."""
+    max_lag: int = 4
+    """No token with a larger lag carries loss."""
+    on_violation: OnViolation = OnViolation.mask_tokens
+    controller: LagController = LagController.fixed
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` with what is wrong and what would be right."""
+        if not 0 <= self.target_lag < float("inf"):
+            raise ValueError(f"staleness.target_lag must be a number of versions >= 0, got {self.target_lag}")
+        if self.max_lag < 0:
+            raise ValueError(f"staleness.max_lag must be >= 0, got {self.max_lag}")
+        if self.controller is LagController.adaptive:
+            raise ValueError("staleness.controller=adaptive is not built yet; use staleness.controller=fixed")
+        if self.on_violation is OnViolation.wait and self.target_lag > self.max_lag:
+            raise ValueError(
+                f"staleness.on_violation=wait needs staleness.target_lag <= staleness.max_lag, got {self.target_lag} > "
+                f"{self.max_lag}: more groups would be in flight than can be consumed before they are too old"
+            )
+
+
+@dataclass
+class QueueConfig:
+    """The experience queue."""
+
+    order: QueueOrder = QueueOrder.oldest_first
+    window: int = 64
+    """Width of the window in groups; used by ``order: windowed`` only."""
+    budget_mb: float = 1024.0
+    """Finished and partly finished groups held in memory, in MiB, before producers have to wait."""
+    journal: bool = True
+    """Keep every trajectory on disk, for ``resume`` and ``show``."""
+    min_size: int = 2
+    """Episodes that a group needs to be trained when others failed or are late."""
+    close_after_s: Optional[float] = None  # noqa: UP045 (the configuration library reads this form)
+    """Seconds after dispatch at which a group with ``min_size`` episodes is closed without the rest; null: never."""
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` with what is wrong and what would be right."""
+        if self.window < 1:
+            raise ValueError(f"queue.window must be >= 1 group, got {self.window}")
+        if not self.budget_mb > 0:
+            raise ValueError(f"queue.budget_mb must be > 0 MiB, got {self.budget_mb}")
+        if self.min_size < 1:
+            raise ValueError(f"queue.min_size must be >= 1 episode, got {self.min_size}")
+        if self.close_after_s is not None and not self.close_after_s > 0:
+            raise ValueError(
+                f"queue.close_after_s must be > 0 seconds, or null for no deadline, got {self.close_after_s}"
+            )
