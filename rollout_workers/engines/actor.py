@@ -1,0 +1,165 @@
+"""The Ray shell of an embedded engine: batched submission, long-polled results, staged weight updates.
+
+The engine is stepped on the actor's own event loop, so that a step and a call never overlap and a weight swap lands
+between two steps by construction.
+
+=============  =================================  =======================================  =========================
+loop           consumes                           produces                                 waits for
+=============  =================================  =======================================  =========================
+``_run``       submitted requests                 chunks into the outbox of each client    ``_work`` (a submission)
+``collect``    the outbox of one client           one batch of chunks                      the outbox, or ``POLL_S``
+``stage``      a transport's descriptor           the shadow weights                       the transport's time-out
+=============  =================================  =======================================  =========================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from experience.wire import decode, encode
+from rollout_workers.engine_client import SubmitBatch
+from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.protocol import EngineHealth, KvPolicy, PauseMode, TokenChunk
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 10.0
+
+
+class EngineActor:
+    """One embedded engine. Heavy libraries are imported in `load`, not when the process starts."""
+
+    def __init__(self, name: str, config: EnginesConfig) -> None:
+        self.name = name
+        self._config = config
+        self._engine: Any = None
+        self._receiver: Any = None
+        self._outbox: dict[str, list[TokenChunk]] = defaultdict(list)
+        self._ready: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._client_of: dict[str, str] = {}
+        self._work = asyncio.Event()
+        self._failed: asyncio.Future[None] | None = None
+        self._runner: asyncio.Task[None] | None = None
+        self._first_token_at: float | None = None
+
+    async def load(self, model_path: str, dtype: str, threads: int, version: int) -> int:
+        """Load model and tokenizer; the weights on disk count as ``version``. Returns the bytes of the weights."""
+        from rollout_workers.engines.torch_engine import build_engine
+
+        self._engine = await asyncio.to_thread(build_engine, self._config, Path(model_path), dtype, threads, version)
+        self._failed = asyncio.get_running_loop().create_future()
+        self._runner = asyncio.create_task(self._run())
+        return int(self._engine.weight_bytes)
+
+    async def submit(self, batch_bytes: bytes) -> None:
+        """Take a batch of requests, releases and aborts from one client."""
+        batch = decode(batch_bytes, SubmitBatch)
+        for session in batch.releases:
+            self._engine.release(session)
+        for request in batch.requests:
+            self._client_of[request.request_id] = batch.client
+            self._engine.submit(request)
+        for request_id in batch.aborts:
+            self._engine.abort(request_id)
+        self._work.set()
+
+    async def collect(self, client: str) -> bytes:
+        """The chunks made for ``client`` since the last call; waits up to ``POLL_S`` seconds for the first."""
+        ready = self._ready[client]
+        if not self._outbox[client]:
+            ready.clear()
+            try:
+                await asyncio.wait_for(ready.wait(), POLL_S)
+            except TimeoutError:
+                return encode([])
+        chunks, self._outbox[client] = self._outbox[client], []
+        return encode(chunks)
+
+    async def stage(self, descriptor: bytes) -> int:
+        """Fetch a published version into the shadow weights while decoding goes on. Returns the version."""
+        from weight_sync.transports import make_receiver
+
+        if self._receiver is None:
+            self._receiver = make_receiver(self.name)
+        version: int = await asyncio.to_thread(self._fetch, descriptor)
+        return version
+
+    def _fetch(self, descriptor: bytes) -> int:
+        version = int(self._receiver.version_of(descriptor))
+        self._engine.stage_begin(version)
+        self._receiver.fetch(descriptor, self._engine.stage_tensor)
+        self._engine.stage_end()
+        return version
+
+    async def commit(self, version: int, kv: str) -> int:
+        """Swap to a staged version between two steps. Returns the version now served."""
+        served: int = self._engine.commit(version, KvPolicy(kv))
+        self._work.set()
+        return served
+
+    async def pin(self, version: int) -> None:
+        """Keep the weights of the served ``version`` for requests that ask for exactly it."""
+        self._engine.pin(version)
+
+    async def unpin(self, version: int) -> None:
+        self._engine.unpin(version)
+
+    async def pause(self, keep: str) -> None:
+        self._engine.pause(PauseMode(keep))
+
+    async def resume(self) -> None:
+        self._engine.resume()
+        self._work.set()
+
+    async def health(self) -> bytes:
+        """An encoded `EngineHealth`."""
+        health: EngineHealth = self._engine.health()
+        return encode(health)
+
+    async def first_token_at(self) -> float | None:
+        """Wall-clock time of the first sampled token of this process, if there was one."""
+        return self._first_token_at
+
+    async def alive(self) -> None:
+        """Never returns while the engine is well; ends with the engine's error, or with the process."""
+        assert self._failed is not None, "load() comes first"
+        await self._failed
+
+    async def stop(self) -> None:
+        """Let go of the transports' shared resources."""
+        if self._runner is not None:
+            self._runner.cancel()
+        if self._receiver is not None:
+            self._receiver.close()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                if not self._engine.has_work:
+                    self._work.clear()
+                    await self._work.wait()
+                self._deliver(self._engine.step())
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("engine %s failed", self.name)
+            assert self._failed is not None
+            self._failed.set_exception(error)
+
+    def _deliver(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            if self._first_token_at is None and len(chunk.tokens):
+                self._first_token_at = time.time()
+            client = self._client_of.get(chunk.request_id)
+            if client is None:
+                continue
+            if chunk.finish_reason is not None:
+                del self._client_of[chunk.request_id]
+            self._outbox[client].append(chunk)
+            self._ready[client].set()

@@ -1,0 +1,377 @@
+"""The rollout worker: an asyncio actor that runs hundreds of episodes at once.
+
+==================  ==============================  ====================================  ============================
+task                consumes                        produces                              waits for
+==================  ==============================  ====================================  ============================
+``_run_episode``    an assignment's member          trajectories to the queue, a report   a concurrency slot, then
+                                                    to the controller                     engine, environment, reward
+``EngineClient``    requests of all episodes        batches to engines                    engines
+pool, rewards       calls of all episodes           batches to their actors               those actors
+==================  ==============================  ====================================  ============================
+
+Everything that leaves the process travels in batches. Each completed step of an episode is journalled
+(`rollout_workers.step_log`), so that another worker can take it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from env_pool.coalesce import Coalescer
+from env_pool.errors import Fault
+from env_pool.registry import load_environment
+from env_pool.rewards import RewardResult, RewardSample
+from experience.entries import EpisodeEntry, make_entry
+from experience.journal import Journal
+from experience.records import Status
+from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats, episode_id_of
+from rollout_workers.chat import ChatTokenizer
+from rollout_workers.config import RolloutConfig
+from rollout_workers.engine_client import EngineClient, EngineHandle
+from rollout_workers.episode import EnvironmentProvider, Episode, EpisodeContext
+from rollout_workers.errors import ContextFull, EpisodeError, LoopFault, LoopTimeout
+from rollout_workers.loops import RolloutLoop, load_loop
+from rollout_workers.step_log import RecordedSteps, StepLog, StepRecord
+
+logger = logging.getLogger(__name__)
+
+TRAJECTORY_KIND = "trajectory"
+"""Kind of a record in an evaluation's journal: one encoded trajectory."""
+
+
+class RewardScorer(Protocol):
+    async def score(self, sample: RewardSample) -> RewardResult: ...
+
+
+class Deliverer(Protocol):
+    """Where finished and failed episodes go; every call carries a batch."""
+
+    async def add(self, entries: list[EpisodeEntry]) -> None: ...
+
+    async def fail(self, failures: list[tuple[str, str, str]]) -> None: ...
+
+    async def report(self, reports: list[EpisodeReport]) -> None: ...
+
+
+@dataclass(frozen=True)
+class WorkerPorts:
+    """The outside of a worker."""
+
+    environments: EnvironmentProvider
+    rewards: RewardScorer
+    deliverer: Deliverer
+
+
+class EpisodeFailed(Exception):
+    """An episode was given up; carries what is reported."""
+
+    def __init__(self, reason: str, cause: str) -> None:
+        super().__init__(f"{reason}: {cause}")
+        self.reason = reason
+        self.cause = cause
+
+
+class RolloutWorker:
+    """Runs assignments. ``lock_step`` (deterministic runs) makes generation wait until all episodes want it."""
+
+    def __init__(
+        self,
+        name: str,
+        config: RolloutConfig,
+        model_path: Path,
+        step_log_directory: Path,
+        evaluation_directory: Path,
+        ports: WorkerPorts,
+        concurrency: int,
+        lock_step: bool = False,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._chat = ChatTokenizer.load(model_path)
+        self._loop: RolloutLoop = load_loop(config.loop)
+        self._ports = ports
+        self._step_log = StepLog(step_log_directory)
+        self._evaluation_directory = evaluation_directory
+        self._evaluation: Journal | None = None
+        self._recorded = RecordedSteps()
+        self._slots = {purpose: asyncio.Semaphore(concurrency) for purpose in Purpose}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._live = 0
+        self._counts: Counter[str] = Counter()
+        self.engines = EngineClient(name, barrier=(lambda held: held >= self._live) if lock_step else None)
+        self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
+        self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
+
+    def add_engine(self, name: str, handle: EngineHandle) -> None:
+        self.engines.add_engine(name, handle)
+
+    def recover(self, directories: list[Path]) -> None:
+        """Read what dead workers had recorded; their episodes go on from there when they are assigned."""
+        for directory in directories:
+            self._recorded.read(directory)
+
+    def run(self, assignments: list[Assignment]) -> None:
+        """Start the episodes of ``assignments``; returns at once."""
+        for assignment in assignments:
+            for member in assignment.members:
+                episode_id = episode_id_of(assignment.header.group_id, member)
+                if episode_id in self._tasks or self._recorded.delivered(episode_id):
+                    continue
+                task = asyncio.create_task(self._run_episode(assignment, member, episode_id))
+                self._tasks[episode_id] = task
+                task.add_done_callback(lambda _, key=episode_id: self._tasks.pop(key, None))  # type: ignore[misc]
+
+    def cancel(self, group_ids: list[str]) -> None:
+        """Stop the episodes of groups that can no longer be used."""
+        wanted = set(group_ids)
+        for episode_id, task in list(self._tasks.items()):
+            if episode_id.rpartition("/")[0] in wanted:
+                task.cancel()
+
+    def stats(self) -> WorkerStats:
+        counts = self._counts
+        return WorkerStats(
+            running=self._live,
+            queued=len(self._tasks) - self._live,
+            generating=self.engines.in_flight,
+            in_reward=counts["in_reward"],
+            delivering=counts["delivering"],
+            in_environment=max(
+                0, self._live - self.engines.in_flight - counts["in_reward"] - counts["delivering"]
+            ),
+            finished=counts["finished"],
+            failed=counts["failed"],
+            retried=counts["retried"],
+            replayed_steps=counts["replayed_steps"],
+            continued_requests=self.engines.continued,
+            rewrites=counts["rewrites"],
+        )
+
+    async def close(self) -> None:
+        """Stop everything that is running."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.engines.close()
+        self._step_log.close()
+        if self._evaluation is not None:
+            self._evaluation.close()
+
+    async def _run_episode(self, assignment: Assignment, member: int, episode_id: str) -> None:
+        async with self._slots[assignment.purpose]:
+            self._live += 1
+            try:
+                await self._attempts(assignment, member, episode_id)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                logger.exception("episode %s ended by a defect of the worker", episode_id)
+            finally:
+                self._live -= 1
+                self.engines.check_barrier()
+
+    async def _attempts(self, assignment: Assignment, member: int, episode_id: str) -> None:
+        """Run the episode until it ends as an episode can, at most `rollout.max_attempts` times."""
+        replay = self._recorded.take(episode_id)
+        self._counts["replayed_steps"] += len(replay)
+        attempt = replay.attempt
+        began_at = time.time()
+        while True:
+            context = self._context(assignment, member, episode_id, attempt)
+            context.replay = replay
+            try:
+                status = await self._run_loop(context)
+                reward = await self._score(context, status)
+            except EpisodeFailed as failure:
+                attempt += 1
+                if failure.reason == "reward_fault" or attempt >= self._config.max_attempts:
+                    await self._give_up(assignment, episode_id, failure, attempt)
+                    return
+                logger.warning("episode %s, attempt %d: %s", episode_id, attempt, failure)
+                self._counts["retried"] += 1
+                replay = type(replay)()
+                continue
+            finally:
+                for builder in context.builders:
+                    self.engines.release(context.session_of(builder))
+            await self._deliver(assignment, context, status, reward, time.time() - began_at)
+            return
+
+    def _context(self, assignment: Assignment, member: int, episode_id: str, attempt: int) -> EpisodeContext:
+        header = assignment.header
+        return EpisodeContext(
+            task=header.task,
+            group_id=header.group_id,
+            episode_id=episode_id,
+            attempt=attempt,
+            seed=header.seed,
+            config=self._config,
+            chat=self._chat,
+            generator=self.engines,
+            environments=self._ports.environments,
+            clock=time.time,
+            record=self._record if assignment.purpose is Purpose.TRAIN else _forget,
+            deterministic_environment=load_environment(header.task.environment).deterministic,
+            pinned_version=assignment.pinned_version,
+        )
+
+    def _record(self, record: StepRecord) -> None:
+        self._step_log.append(record)
+
+    async def _run_loop(self, context: EpisodeContext) -> Status:
+        """Run the user's loop; translate whatever comes of it into a status or an EpisodeFailed."""
+        limit = self._config.episode_timeout_s
+        status = Status.FINISHED
+        try:
+            async with asyncio.timeout(limit):
+                await self._loop(Episode(context), **self._config.args)
+        except ContextFull:
+            status = Status.TRUNCATED
+        except TimeoutError:
+            raise EpisodeFailed(
+                LoopTimeout.reason,
+                f"rollout loop {self._config.loop!r} did not end within rollout.episode_timeout_s={limit:g} s on task "
+                f"{context.task.task_id}",
+            ) from None
+        except Fault as fault:
+            raise EpisodeFailed(f"{fault.blame.value}_fault", str(fault)) from fault
+        except EpisodeError as error:
+            raise EpisodeFailed(error.reason, str(error)) from error
+        except Exception as error:
+            raise EpisodeFailed(LoopFault.reason, _user_error(self._config.loop, error)) from error
+        if not any(builder.sampled for builder in context.builders):
+            raise EpisodeFailed(
+                LoopFault.reason,
+                f"rollout loop {self._config.loop!r} ended without a single `await episode.generate()`: there is "
+                "nothing to train on",
+            )
+        return status
+
+    async def _score(self, context: EpisodeContext, status: Status) -> RewardResult:
+        sample = RewardSample(
+            task=context.task,
+            outcome=context.outcome,
+            final_text=context.final_text,
+            status=status,
+            turns=sum(builder.generations for builder in context.builders),
+            sampled_tokens=sum(builder.sampled for builder in context.builders),
+            loop_parts=context.reward_parts,
+        )
+        self._counts["in_reward"] += 1
+        try:
+            result = await self._ports.rewards.score(sample)
+        except Fault as fault:
+            raise EpisodeFailed("reward_fault", str(fault)) from fault
+        finally:
+            self._counts["in_reward"] -= 1
+        if result.value is None:
+            raise EpisodeFailed("reward_fault", result.error or "a reward branch gave no reason")
+        return result
+
+    async def _deliver(
+        self, assignment: Assignment, context: EpisodeContext, status: Status, reward: RewardResult, seconds: float
+    ) -> None:
+        task = context.task
+        trajectories = [
+            builder.build(status, task.domain, task.difficulty, self._config.temperature, context.attempt)
+            for builder in context.builders
+            if builder.sampled
+        ]
+        timings = {"total": seconds, "generate": context.generate_s, "environment": context.environment_s}
+        for trajectory in trajectories:
+            trajectory.reward = reward.value
+            trajectory.reward_parts = dict(reward.parts)
+            trajectory.timings = timings
+        entry = make_entry(trajectories)
+        self._counts["delivering"] += 1
+        try:
+            if assignment.purpose is Purpose.TRAIN:
+                await self._adder.call(entry)
+                self._record(
+                    StepRecord(
+                        episode_id=context.episode_id, attempt=context.attempt, trajectory_id="", call="delivered"
+                    )
+                )
+            else:
+                self._keep_evaluation(assignment, entry)
+        finally:
+            self._counts["delivering"] -= 1
+        self._counts["finished"] += 1
+        self._counts["rewrites"] += context.rewrites
+        report = EpisodeReport(
+            group_id=context.group_id,
+            episode_id=context.episode_id,
+            purpose=assignment.purpose,
+            status=status,
+            reward=reward.value,
+            domain=task.domain,
+            difficulty=task.difficulty,
+            turns=sum(builder.generations for builder in context.builders),
+            sampled_tokens=sum(trajectory.sampled_tokens for trajectory in trajectories),
+            seconds=seconds,
+            attempts=context.attempt + 1,
+            rewrites=context.rewrites,
+        )
+        await self._reporter.call(report)
+
+    def _keep_evaluation(self, assignment: Assignment, entry: EpisodeEntry) -> None:
+        """Write the trajectories of an evaluation where `millrace show` finds them."""
+        directory = self._evaluation_directory / assignment.collection / self.name
+        if self._evaluation is None or self._evaluation.directory != directory:
+            if self._evaluation is not None:
+                self._evaluation.close()
+            self._evaluation = Journal(directory)
+        for trajectory in entry.trajectories:
+            self._evaluation.append(TRAJECTORY_KIND, trajectory)
+        self._evaluation.flush()
+
+    async def _give_up(
+        self, assignment: Assignment, episode_id: str, failure: EpisodeFailed, attempts: int
+    ) -> None:
+        logger.error("episode %s given up after %d attempts: %s", episode_id, attempts, failure)
+        self._counts["failed"] += 1
+        header = assignment.header
+        if assignment.purpose is Purpose.TRAIN:
+            await self._ports.deliverer.fail([(header.group_id, episode_id, failure.reason)])
+        await self._reporter.call(
+            EpisodeReport(
+                group_id=header.group_id,
+                episode_id=episode_id,
+                purpose=assignment.purpose,
+                status=Status.SYSTEM_ERROR,
+                domain=header.task.domain,
+                difficulty=header.task.difficulty,
+                attempts=attempts,
+                reason=failure.reason,
+                cause=failure.cause,
+            )
+        )
+
+    async def _add(self, entries: list[EpisodeEntry]) -> list[None]:
+        await self._ports.deliverer.add(entries)
+        return [None] * len(entries)
+
+    async def _report(self, reports: list[EpisodeReport]) -> list[None]:
+        await self._ports.deliverer.report(reports)
+        return [None] * len(reports)
+
+
+def _forget(record: StepRecord) -> None:
+    """Evaluation episodes are not journalled: a lost one is simply run again."""
+
+
+def _user_error(loop: str, error: Exception) -> str:
+    """The error of user code: its type, message and the innermost lines of its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+    return f"rollout loop {loop!r} raised {type(error).__name__}: {error} ({where})"
+
+
