@@ -87,6 +87,4 @@ class QueueConfig:
         if self.min_size < 1:
             raise ValueError(f"queue.min_size must be >= 1 episode, got {self.min_size}")
         if self.close_after_s is not None and not self.close_after_s > 0:
-            raise ValueError(
-                f"queue.close_after_s must be > 0 seconds, or null for no deadline, got {self.close_after_s}"
-            )
+            raise ValueError(f"queue.close_after_s must be > 0 seconds, or null for none, got {self.close_after_s}")

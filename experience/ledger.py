@@ -1,9 +1,9 @@
 """The ledger: where every dispatched group and every generated token went.
 
-It holds at every moment, in groups, ``dispatched = trained + dropped + live``, and in sampled tokens,
-``generated = trained + masked + wasted + live``. Tokens are counted as generated when the trajectories of their episode
-arrive, as wasted when their group is dropped (or they arrive for a group that is gone), and as trained or masked when the
-learner acknowledges their group.
+It holds at every moment, in groups, ``dispatched = trained + dropped + live``, and in sampled tokens, ``generated =
+trained + masked + wasted + live``. Tokens are counted as generated when the trajectories of their episode arrive, as
+wasted when their group is dropped (or they arrive for a group that is gone), and as trained or masked when the learner
+acknowledges their group.
 """
 
 from __future__ import annotations

@@ -92,6 +92,12 @@ class Trajectory(msgspec.Struct, kw_only=True):
         return int(np.count_nonzero(self.trainable))
 
     @property
+    def newest_version(self) -> int | None:
+        """The largest version among the sampled tokens; None when nothing was sampled."""
+        sampled = self.versions[self.trainable]
+        return int(sampled.max()) if len(sampled) else None
+
+    @property
     def oldest_version(self) -> int | None:
         """The smallest version among the sampled tokens; None when nothing was sampled."""
         sampled = self.versions[self.trainable]
@@ -110,6 +116,15 @@ class GroupHeader(msgspec.Struct, frozen=True, kw_only=True):
     version_floor: int
     """The oldest policy version that any engine served at dispatch: no token of the group is older."""
     seed: int
+
+    def episode_id(self, position: int) -> str:
+        """The id of the episode at ``position`` (0 to ``size`` - 1); an episode that is run again keeps it."""
+        return f"{self.group_id}-{position}"
+
+    @property
+    def episode_ids(self) -> list[str]:
+        """The ids of all episodes of the group."""
+        return [self.episode_id(position) for position in range(self.size)]
 
 
 class Group(msgspec.Struct, kw_only=True):

@@ -4,14 +4,14 @@ Three separate knobs. *Pacing* (``target_lag``) decides how far dispatching runs
 *guard* (``max_lag``, ``loss_mask``) decides which tokens may carry loss; the learner applies it whatever the policy. A
 *policy* decides what happens to groups that hold, or will hold, tokens that are too old.
 
-A learner at version ``v`` runs step ``v``: it consumes ``groups_per_update`` groups and publishes version ``v + 1``. The lag
-of a token at consumption is ``v`` minus the version that sampled it.
+A learner at version ``v`` runs step ``v``: it consumes ``groups_per_update`` groups and publishes version ``v + 1``.
+The lag of a token at consumption is ``v`` minus the version that sampled it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experience.config import OnViolation, StalenessConfig
-from experience.records import Trajectory
+from experience.records import NOT_SAMPLED, Trajectory
 
 STALE = "stale"
 """Reason of a drop: too old to carry loss."""
@@ -29,7 +29,8 @@ EMPTY = "empty"
 
 def loss_mask(trajectory: Trajectory, version: int, max_lag: int) -> npt.NDArray[np.bool_]:
     """Which tokens may carry loss at learner ``version``: bool [T], trainable and at most ``max_lag`` versions old."""
-    mask: npt.NDArray[np.bool_] = trajectory.trainable & (version - trajectory.versions <= max_lag)
+    versions = trajectory.versions
+    mask: npt.NDArray[np.bool_] = trajectory.trainable & (versions > NOT_SAMPLED) & (version - versions <= max_lag)
     return mask
 
 
@@ -37,8 +38,8 @@ def loss_mask(trajectory: Trajectory, version: int, max_lag: int) -> npt.NDArray
 class Pacing:
     """How many groups may be started: ``dispatched - returned < (version + 1 + target_lag) * groups_per_update``.
 
-    ``dispatched`` counts every group ever started, ``returned`` those that were dropped; ``version`` is the oldest version
-    that the engines serve.
+    ``dispatched`` counts every group ever started, ``returned`` those that were dropped; ``version`` is the oldest
+    version that the engines serve.
 
     >>> Pacing(groups_per_update=16, target_lag=1.0).room(dispatched=30, returned=0, version=0)
     2
@@ -174,8 +175,8 @@ class _Guarded:
 class MaskTokens(_Guarded):
     """A finished group is taken as it is; tokens that are too old carry no loss.
 
-    Bound: no token with lag over ``max_lag`` carries loss (the learner's ``loss_mask``). A group none of whose tokens may
-    carry loss is dropped as ``stale``. Nothing in flight ever expires, because its next token is young.
+    Bound: no token with lag over ``max_lag`` carries loss (the learner's ``loss_mask``). A group none of whose tokens
+    may carry loss is dropped as ``stale``. Nothing in flight ever expires, because its next token is young.
     """
 
 
@@ -183,8 +184,8 @@ class MaskTokens(_Guarded):
 class DropGroup(_Guarded):
     """A group with any sampled token that is too old is dropped.
 
-    Bound: no delivered group holds a token with lag over ``max_lag``. Groups in flight are dropped once a token of theirs
-    is known to be too old; the version floor alone proves nothing, since the first token may be younger.
+    Bound: no delivered group holds a token with lag over ``max_lag``. Groups in flight are dropped once a token of
+    theirs is known to be too old; the version floor alone proves nothing, since the first token may be younger.
     """
 
     def verdict(self, group: GroupAge, version: int) -> str | None:
@@ -203,21 +204,22 @@ class DropGroup(_Guarded):
 class Wait(_Guarded):
     """No step goes ahead that would make a live group too old; the learner waits for that group instead.
 
-    Write G for ``groups_per_update``, M for ``max_lag``. A live group has a *deadline*, the last learner version at which
-    all its tokens are at most M old: its oldest sampled version (in flight: its version floor) + M. At version v with r
-    deliveries left in the step, C(d) = r + (d - v) G groups can be delivered up to version d. A group is taken only if
-    afterwards N(d) <= C(d) for every d, where N(d) counts live groups with deadline <= d. Taking one with deadline e lowers
-    C everywhere and N from e on, so it is allowed exactly when no d < e has N(d) = C(d).
+    Write G for ``groups_per_update``, M for ``max_lag``. A live group has a *deadline*, the last learner version at
+    which all its tokens are at most M old: its oldest sampled version (in flight: its version floor) + M. At version v
+    with r deliveries left in the step, C(d) = r + (d - v) G groups can be delivered up to version d. A group is taken
+    only if afterwards N(d) <= C(d) for every d, where N(d) counts live groups with deadline <= d. Taking one with
+    deadline e lowers C everywhere and N from e on, so it is allowed exactly when no d < e has N(d) = C(d).
 
-    Bound: no delivered group holds a token with lag over M, if ``target_lag`` <= M. Proof, by keeping N(d) <= C(d): when a
-    group is started at engine version f, pacing gives started - returned <= ceil((f + 1 + target_lag) G) <= (f + M + 1) G,
-    and of these v G + (G - r) were delivered, so the live ones are at most r + (f + M - v) G = C(e) with e = f + M its
-    deadline; hence N(d) <= C(d) for d >= e, and no other d is touched. Finishing only moves deadlines later, a drop lowers
-    N, and selection keeps the condition by construction. With N(v) <= r, every group due now is delivered in this step.
+    Bound: no delivered group holds a token with lag over M, if ``target_lag`` <= M. Proof, by keeping N(d) <= C(d):
+    when a group is started at engine version f, pacing gives started - returned <= ceil((f + 1 + target_lag) G) <= (f +
+    M + 1) G, and of these v G + (G - r) were delivered, so the live ones are at most r + (f + M - v) G = C(e) with e =
+    f + M its deadline; hence N(d) <= C(d) for d >= e, and no other d is touched. Finishing only moves deadlines later,
+    a drop lowers N, and selection keeps the condition by construction. With N(v) <= r, every group due now is delivered
+    in this step.
 
-    Progress: whenever nothing may be taken, some d has N(d) >= C(d) >= 1; the groups counted are in flight, and the first of
-    them to finish may be taken. A deadline that has passed all the same (settings changed, or an engine served an older
-    version than announced) counts as due now, and the token mask keeps the strict bound: nothing wedges.
+    Progress: whenever nothing may be taken, some d has N(d) >= C(d) >= 1; the groups counted are in flight, and the
+    first of them to finish may be taken. A deadline that has passed all the same (settings changed, or an engine served
+    an older version than announced) counts as due now, and the token mask keeps the strict bound: nothing wedges.
     """
 
     def deadline(self, group: GroupAge, version: int) -> int:
@@ -265,9 +267,3 @@ def make_policy(config: StalenessConfig, groups_per_update: int) -> MaskTokens |
         OnViolation.wait: Wait,
     }
     return kinds[config.on_violation](pacing, config.max_lag)
-
-
-def oldest_of(versions: Iterable[int | None]) -> int | None:
-    """The smallest of the known versions; None when none is known."""
-    known = [version for version in versions if version is not None]
-    return min(known) if known else None

@@ -1,9 +1,10 @@
 """The wire and journal format: msgpack with a schema version and typed array extensions.
 
-A message is a four-byte envelope (three bytes of magic, one of schema version) and one msgpack value. A numpy array is an
-extension whose payload is ``dtype code (1) | dimensions (1) | shape (dimensions x uint32, little-endian) | raw bytes``.
-Decoding copies no array: arrays are read-only views of the message, which they keep alive. Whatever is wrong with the input
-(malformed, truncated, oversized, another schema, another type) raises ``WireFormatError`` and nothing else.
+A message is a four-byte envelope (three bytes of magic, one of schema version) and one msgpack value. A numpy array is
+an extension whose payload is ``dtype code (1) | dimensions (1) | shape (dimensions x uint32, little-endian) | raw
+bytes``. Decoding copies no array: arrays are read-only views of the message, which they keep alive. Whatever is wrong
+with the input (malformed, truncated, oversized, another schema, another type) raises ``WireFormatError`` and nothing
+else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import struct
 import typing
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -137,10 +138,12 @@ def decode(data: Buffer, wanted: type[T], *, max_bytes: int = DEFAULT_MAX_BYTES)
         raise WireFormatError(f"message of {view.nbytes} bytes is over the limit of {max_bytes}")
     if bytes(view[:4]) != _ENVELOPE:
         raise WireFormatError(
-            f"message begins with {bytes(view[:4])!r} instead of {_ENVELOPE!r}: not a Millrace message, or another schema"
+            f"message begins with {bytes(view[:4])!r} instead of {_ENVELOPE!r}: not a message, or another schema"
         )
+    key: Any = wanted
+    decoder = _decoder(key)
     try:
-        return _decoder(wanted).decode(view[4:])
+        return cast(T, decoder.decode(view[4:]))
     except WireFormatError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
