@@ -8,7 +8,7 @@ loop           consumes                           produces                      
 =============  =================================  =======================================  =========================
 ``_run``       submitted requests                 chunks into the outbox of each client    ``_work`` (a submission)
 ``collect``    the outbox of one client           one batch of chunks                      the outbox, or ``POLL_S``
-``stage``      a transport's descriptor           the shadow weights                       the transport's time-out
+``stage``      a transport's offer                the shadow weights                       the transport's time-out
 =============  =================================  =======================================  =========================
 """
 
@@ -80,19 +80,21 @@ class EngineActor:
         chunks, self._outbox[client] = self._outbox[client], []
         return encode(chunks)
 
-    async def stage(self, descriptor: bytes) -> int:
+    async def stage(self, offer: bytes) -> int:
         """Fetch a published version into the shadow weights while decoding goes on. Returns the version."""
-        from weight_sync.transports import make_receiver
+        from weight_sync.transports.select import AnyReceiver
 
         if self._receiver is None:
-            self._receiver = make_receiver(self.name)
-        version: int = await asyncio.to_thread(self._fetch, descriptor)
+            self._receiver = AnyReceiver(self.name, device=self._engine.device)
+        version: int = await asyncio.to_thread(self._fetch, offer)
         return version
 
-    def _fetch(self, descriptor: bytes) -> int:
-        version = int(self._receiver.version_of(descriptor))
+    def _fetch(self, offer: bytes) -> int:
+        from weight_sync.transports.protocol import decode_offer
+
+        version = decode_offer(offer).manifest.version
         self._engine.stage_begin(version)
-        self._receiver.fetch(descriptor, self._engine.stage_tensor)
+        self._receiver.fetch(offer, self._engine.stage_tensor)
         self._engine.stage_end()
         return version
 

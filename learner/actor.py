@@ -1,0 +1,208 @@
+"""The Ray shell of the learner: leases groups as they finish, trains on them while the rest is generated, publishes.
+
+==============  ================================  ===============================  ================================
+loop            consumes                          produces                         waits for
+==============  ================================  ===============================  ================================
+``run``         groups leased from the queue      one version a step, an ack,      groups; the publication before
+                                                  metrics, checkpoints             the last one
+==============  ================================  ===============================  ================================
+
+Computation runs on a thread, so that the actor answers calls (and keeps the next lease open) meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learner.config import LearnerConfig, ModelConfig
+from weight_sync.config import WeightsConfig
+
+logger = logging.getLogger(__name__)
+
+LEASE_S = 5.0
+"""How long one lease call stays open; it is renewed until groups come."""
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """All that a learner process needs to know."""
+
+    learner: LearnerConfig
+    model: ModelConfig
+    weights: WeightsConfig
+    model_path: Path
+    checkpoint_directory: Path
+    threads: int
+    max_lag: int
+    groups_per_update: int
+    steps: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    deterministic: bool
+    seed: int
+    transport: str
+
+
+class LearnerActor:
+    """One learner. Version v is what the weights are after v steps; step v trains on groups at version v."""
+
+    def __init__(self, name: str, settings: LearnerSettings) -> None:
+        self.name = name
+        self._settings = settings
+        self._learner: Any = None
+        self._sender: Any = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._phase = "starting"
+        self._groups = 0
+        self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
+        self._ended = asyncio.Event()
+
+    async def load(self, checkpoint: str | None) -> int:
+        """Build model and optimizer from the model directory, or from a checkpoint. Returns the version."""
+        return int(await self._compute(self._load, checkpoint))
+
+    async def run(self, queue: Any, controller: Any) -> int:
+        """Train to the last step; returns the final version. One `controller.step_done` call a step."""
+        settings = self._settings
+        publication: asyncio.Future[Any] | None = None
+        while self._learner.version < settings.steps:
+            metrics, group_ids = await self._step(queue)
+            version = self._learner.version
+            await queue.ack.remote(
+                group_ids, version - 1, int(metrics["tokens/trained"]), int(metrics["tokens/masked"])
+            )
+            if publication is not None:
+                with _Timer(self, "publishing"):
+                    await publication
+            await self._compute(self._prepare)
+            publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
+            await controller.step_done.remote(version, {**metrics, **self._shares()})
+            if self._is_due(version):
+                with _Timer(self, "saving"):
+                    await self._save(queue, controller)
+        if publication is not None:
+            await publication
+        self._phase = "finished"
+        return int(self._learner.version)
+
+    async def offer(self, version: int, members: list[str]) -> bytes:
+        """The offer of the prepared version for these engines; `send` must follow."""
+        if self._sender is None or self._prepared != version:
+            raise RuntimeError(f"version {version} is not the one prepared")
+        offer: bytes = await asyncio.to_thread(self._sender.offer, members)
+        return offer
+
+    async def send(self) -> None:
+        """Move the bytes of the last offer."""
+        await asyncio.to_thread(self._sender.send)
+
+    async def export(self, directory: str) -> None:
+        """Write the present weights as a Hugging Face directory."""
+        await self._compute(self._learner.export, Path(directory))
+
+    async def stats(self) -> dict[str, Any]:
+        return {"phase": self._phase, "groups": self._groups, "seconds": dict(self._seconds)}
+
+    async def alive(self) -> None:
+        """Ends with the process only."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """Release shared memory and process groups."""
+        if self._sender is not None:
+            self._sender.close()
+        self._ended.set()
+
+    async def _step(self, queue: Any) -> tuple[dict[str, float], list[str]]:
+        """One update: groups are trained on as they arrive, and normalised once."""
+        settings = self._settings
+        version = self._learner.version
+        began_at = time.monotonic()
+        waited_before = self._seconds["waiting"]
+        self._groups = 0
+        group_ids: list[str] = []
+        self._learner.begin_step()
+        while len(group_ids) < settings.groups_per_update:
+            with _Timer(self, "waiting"):
+                encoded = await queue.lease.remote(
+                    self.name, settings.groups_per_update - len(group_ids), version, LEASE_S
+                )
+            if not encoded:
+                continue
+            with _Timer(self, "training"):
+                group_ids += await self._compute(self._learner.add, encoded)
+            self._groups = len(group_ids)
+        with _Timer(self, "training"):
+            metrics: dict[str, float] = await self._compute(self._learner.finish_step)
+        metrics["time/step_s"] = time.monotonic() - began_at
+        metrics["time/wait_s"] = self._seconds["waiting"] - waited_before
+        return metrics, group_ids
+
+    def _is_due(self, version: int) -> bool:
+        every = self._settings.checkpoint_every
+        return version == self._settings.steps or (every > 0 and version % every == 0)
+
+    async def _save(self, queue: Any, controller: Any) -> None:
+        extra = await controller.checkpoint_extra.remote()
+        path = await self._compute(self._learner.save, self._settings.checkpoint_directory, extra)
+        await queue.commit.remote(self._learner.version - 1)
+        logger.info("checkpoint %s written", path)
+
+    def _load(self, checkpoint: str | None) -> int:
+        from learner.learner import Learner
+        from weight_sync.transports.select import make_sender
+
+        settings = self._settings
+        self._learner = Learner(
+            settings.learner,
+            settings.model,
+            max_lag=settings.max_lag,
+            threads=settings.threads,
+            deterministic=settings.deterministic,
+            keep_checkpoints=settings.keep_checkpoints,
+            seed=settings.seed,
+        )
+        if checkpoint is None:
+            self._learner.load(settings.model_path)
+        else:
+            self._learner.restore(Path(checkpoint))
+        self._sender = make_sender(settings.weights, settings.transport, device=self._learner.device)
+        self._phase = "ready"
+        return int(self._learner.version)
+
+    def _prepare(self) -> None:
+        self._prepared = self._learner.version
+        self._sender.prepare(self._prepared, self._learner.named_tensors(), [])
+
+    def _shares(self) -> dict[str, float]:
+        total = sum(self._seconds.values()) or 1.0
+        return {f"learner/{phase}_share": seconds / total for phase, seconds in self._seconds.items()}
+
+    async def _compute(self, function: Any, *args: Any) -> Any:
+        """Run on the one thread that owns the model."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+class _Timer:
+    """Charges the seconds of a block to a phase of the learner."""
+
+    def __init__(self, actor: LearnerActor, phase: str) -> None:
+        self._actor = actor
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._began_at = time.monotonic()
+        self._actor._phase = self._phase
+
+    def __exit__(self, *_: object) -> None:
+        self._actor._seconds[self._phase] += time.monotonic() - self._began_at
+
+
+async def _call(reference: Any) -> Any:
+    return await reference

@@ -1,0 +1,147 @@
+"""The engines of a run: who is in service with which weights, and how a new version reaches them all.
+
+Carries out what `weight_sync.membership.Membership` and `weight_sync.publication.Publication` decide. A version is
+announced, what it makes useless is expired, its bytes are staged while the engines go on decoding, and each engine
+commits at a token boundary with its requests in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from weight_sync.config import WeightsConfig
+from weight_sync.membership import MemberState, Membership
+from weight_sync.publication import Action, Phase, Publication
+
+logger = logging.getLogger(__name__)
+
+Transfer = Callable[[int, list[tuple[str, Any]]], Awaitable[list[str]]]
+"""Move a version to these engines (name, handle); returns the names that hold it now."""
+
+
+@dataclass(frozen=True)
+class FleetEvents:
+    """Whom the fleet tells."""
+
+    expire: Callable[[int], Awaitable[None]]
+    """Drop what a version makes useless."""
+    served: Callable[[int], Awaitable[None]]
+    """The oldest version that any engine serves has changed."""
+    committed: Callable[[int], Awaitable[None]]
+    """Every engine serves this version; nothing newer is published before this returns."""
+    broken: Callable[[str, str], None]
+    """An engine does not take weights and must be replaced: name, reason."""
+
+
+class Fleet:
+    """Engines by name. `publish` returns when every member serves the version (or is gone)."""
+
+    def __init__(self, config: WeightsConfig, base_version: int, transfer: Transfer, events: FleetEvents) -> None:
+        self._config = config
+        self._transfer = transfer
+        self._events = events
+        self._handles: dict[str, Any] = {}
+        self.membership = Membership(base_version)
+        self._publication = Publication(current_version=base_version, rolling=config.rolling)
+        self._moving = asyncio.Lock()
+        self.base_version = base_version
+
+    def handle(self, name: str) -> Any:
+        return self._handles[name]
+
+    def state(self, name: str) -> str:
+        return str(self.membership.get(name).state.value)
+
+    async def join(self, name: str, handle: Any, version: int) -> None:
+        """Bring an engine that holds ``version`` (from disk) into service, with the current weights."""
+        self.membership.join(name)
+        self._handles[name] = handle
+        while True:
+            wanted = self.membership.begin_load(name)
+            if wanted != version:
+                async with self._moving:
+                    wanted = self.membership.begin_load(name)
+                    if name not in await self._transfer(wanted, [(name, handle)]):
+                        raise RuntimeError(f"engine {name} could not be given version {wanted}")
+                    await self._commit(name, handle, wanted)
+            if self.membership.loaded(name, wanted):
+                break
+            version = wanted
+        await self._tell_served()
+
+    def lost(self, name: str) -> None:
+        """An engine is gone."""
+        self._handles.pop(name, None)
+        if self.membership.died(name):
+            self._publication.died(name)
+
+    async def publish(self, version: int) -> None:
+        """Bring ``version``, which the learner holds, to all engines in service."""
+        async with self._moving:
+            self._publication.offer(version)
+            while self._publication.phase is not Phase.IDLE:
+                actions = self._publication.actions()
+                if not actions:
+                    raise RuntimeError(f"publication of version {version} came to a halt in {self._publication.phase}")
+                for action in actions:
+                    await self._carry_out(action)
+            await self._events.committed(version)
+        await self._tell_served()
+
+    async def _carry_out(self, action: Action) -> None:
+        match action.kind:
+            case Phase.ANNOUNCE:
+                self._publication.announced(self.membership.serving())
+            case Phase.EXPIRE:
+                await self._events.expire(action.version)
+                self._publication.expired()
+            case Phase.STAGE:
+                await self._stage(action)
+            case Phase.COMMIT:
+                self.membership.advance(action.version)
+                await asyncio.gather(*(self._commit_member(name, action.version) for name in action.members))
+
+    async def _stage(self, action: Action) -> None:
+        members = [(name, self._handles[name]) for name in action.members if name in self._handles]
+        staged = await self._transfer(action.version, members)
+        for name in staged:
+            if self._publication.phase is Phase.STAGE:
+                self._publication.staged(name)
+        left = [name for name in action.members if name not in staged and name in self._publication.members]
+        if not left or self._publication.phase is not Phase.STAGE:
+            return
+        try:
+            self._publication.transfer_failed(f"{left} did not take it")
+        except Exception as error:  # noqa: BLE001 - TransitionError: the transfers are used up
+            for name in left:
+                self._events.broken(name, str(error))
+                self.lost(name)
+
+    async def _commit_member(self, name: str, version: int) -> None:
+        handle = self._handles.get(name)
+        try:
+            if handle is not None:
+                await self._commit(name, handle, version)
+                if self.membership.get(name).state is not MemberState.DEAD:
+                    self.membership.switched(name, version)
+        except Exception as error:  # noqa: BLE001 - an engine can die at any moment; it is replaced
+            self._events.broken(name, str(error))
+            self.lost(name)
+            return
+        if self._publication.phase is Phase.COMMIT:
+            self._publication.committed(name)
+
+    async def _commit(self, name: str, handle: Any, version: int) -> None:
+        async with asyncio.timeout(self._config.timeout_s):
+            served = await handle.commit.remote(version, self._config.kv)
+        if served != version:
+            raise RuntimeError(f"engine {name} serves version {served} after committing {version}")
+
+    async def _tell_served(self) -> None:
+        oldest = self.membership.oldest_served()
+        if oldest is not None:
+            await self._events.served(oldest)

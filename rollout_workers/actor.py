@@ -1,0 +1,124 @@
+"""The Ray shell of a rollout worker: translates actor calls into the worker's, and its ports into actor calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from env_pool.config import EnvironmentsConfig, RewardConfig
+from experience.entries import Added, EpisodeEntry
+from experience.wire import decode, encode
+from rollout_workers.assignments import Assignment, EpisodeReport
+from rollout_workers.config import RolloutConfig
+from rollout_workers.engine_client import RayEngineHandle
+from rollout_workers.worker import RolloutWorker, WorkerPorts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that a worker process needs to know."""
+
+    rollout: RolloutConfig
+    environments: EnvironmentsConfig
+    rewards: list[RewardConfig]
+    model_path: Path
+    step_log_directory: Path
+    evaluation_directory: Path
+    concurrency: int
+    lock_step: bool
+    seed: int
+
+
+class QueueDeliverer:
+    """Sends finished episodes to the queue actor and reports to the controller actor."""
+
+    def __init__(self, queue: Any, controller: Any) -> None:
+        self._queue = queue
+        self._controller = controller
+
+    async def add(self, entries: list[EpisodeEntry]) -> None:
+        """Returns when the queue has taken all of them; it answers late while its byte budget is spent."""
+        results = decode(await self._queue.add.remote(encode(entries)), list[Added])
+        for entry, result in zip(entries, results, strict=True):
+            if result is not Added.ACCEPTED:
+                logger.info("episode %s was not added: %s", entry.episode_id, result.value)
+
+    async def fail(self, failures: list[tuple[str, str, str]]) -> None:
+        await self._queue.fail.remote(failures)
+
+    async def report(self, reports: list[EpisodeReport]) -> None:
+        await self._controller.episodes_ended.remote(encode(reports))
+
+
+class RolloutWorkerActor:
+    """One process of episodes. `connect` comes first."""
+
+    def __init__(self, name: str, settings: WorkerSettings) -> None:
+        self.name = name
+        self._settings = settings
+        self._worker: RolloutWorker | None = None
+        self._ended = asyncio.Event()
+
+    async def connect(self, queue: Any, controller: Any, environments: list[Any], rewards: list[Any]) -> None:
+        """Take the handles of the actors to talk to and get ready. Raises on a bad loop or tokenizer."""
+        from env_pool.pool import EnvironmentPool
+        from env_pool.rewards import RewardClient
+
+        settings = self._settings
+        self._pool = EnvironmentPool(environments, settings.environments)
+        self._rewards = RewardClient(rewards, settings.rewards)
+        self._worker = RolloutWorker(
+            self.name,
+            settings.rollout,
+            settings.model_path,
+            settings.step_log_directory,
+            settings.evaluation_directory,
+            WorkerPorts(self._pool, self._rewards, QueueDeliverer(queue, controller)),
+            settings.concurrency,
+            settings.lock_step,
+        )
+
+    @property
+    def worker(self) -> RolloutWorker:
+        assert self._worker is not None, "connect() comes first"
+        return self._worker
+
+    async def add_engine(self, name: str, handle: Any) -> None:
+        self.worker.add_engine(name, RayEngineHandle(handle))
+
+    async def remove_engine(self, name: str) -> None:
+        self.worker.engines.remove_engine(name, ConnectionError("the supervisor saw it die"))
+
+    async def replace_environment(self, index: int, handle: Any) -> None:
+        self._pool.replace(index, handle)
+
+    async def replace_reward(self, index: int, handle: Any) -> None:
+        self._rewards.replace(index, handle)
+
+    async def recover(self, directories: list[str]) -> None:
+        """Read the step logs of dead workers."""
+        await asyncio.to_thread(self.worker.recover, [Path(directory) for directory in directories])
+
+    async def run(self, assignments: bytes) -> None:
+        self.worker.run(decode(assignments, list[Assignment]))
+
+    async def cancel(self, group_ids: list[str]) -> None:
+        self.worker.cancel(group_ids)
+
+    async def stats(self) -> bytes:
+        """An encoded `WorkerStats`."""
+        return encode(self.worker.stats())
+
+    async def alive(self) -> None:
+        """Ends with the process only."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        if self._worker is not None:
+            await self._worker.close()
+        self._ended.set()
