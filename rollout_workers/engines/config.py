@@ -1,0 +1,68 @@
+"""Settings of the inference engines (``engines:`` in a run's configuration)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional  # noqa: UP035  (OmegaConf reads these annotations)
+
+KINDS = ("torch", "vllm", "sglang", "synthetic")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class EnginesConfig:
+    """Which engines a run starts, and how large each of them is."""
+
+    kind: str = "torch"
+    replicas: int = 1
+    prefill: int = 0
+    """Engines that only prefill; with ``decode`` > 0 this splits the two phases."""
+    decode: int = 0
+    roles: str = "fixed"
+    slots: int = 160
+    """Sequences whose KV an engine holds: requests in flight plus sessions that wait between turns."""
+    max_len: int = 512
+    """Tokens (prompt and generated) that a sequence may have."""
+    prefill_tokens: int = 1024
+    """Most prompt tokens computed in one step; longer prompts are split over several steps."""
+    stream_every: int = 16
+    """A request reports its tokens at least this often, so that a lost engine loses at most as many."""
+    threads: Optional[int] = None  # noqa: UP045
+    """CPU threads of an engine; None leaves torch's own choice."""
+    device: str = "auto"
+    dtype: str = "auto"
+    """Data type of weights and KV; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    """Passed through to engines that are servers of their own (vllm, sglang)."""
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what it may be, if any setting is out of range."""
+        _one_of("engines.kind", self.kind, KINDS)
+        _one_of("engines.device", self.device, DEVICES)
+        _one_of("engines.dtype", self.dtype, DTYPES)
+        _one_of("engines.roles", self.roles, ("fixed", "auto"))
+        if self.kind != "torch":
+            raise ValueError(f"engines.kind={self.kind} is not built yet; use engines.kind=torch")
+        if self.prefill or self.decode:
+            raise ValueError(
+                f"engines.prefill={self.prefill}, engines.decode={self.decode}: the prefill/decode split is not built "
+                "yet; set both to 0 and choose engines.replicas"
+            )
+        for name in ("replicas", "slots", "prefill_tokens", "stream_every"):
+            _at_least(f"engines.{name}", getattr(self, name), 1)
+        _at_least("engines.max_len", self.max_len, 2)
+        if self.threads is not None:
+            _at_least("engines.threads", self.threads, 1)
+        if self.kind == "torch" and self.args:
+            raise ValueError(f"engines.args={self.args}: the torch engine takes no further arguments; remove them")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value}: must be at least {least}")

@@ -1,0 +1,193 @@
+"""Attention over the slot cache, behind transformers' attention interface.
+
+A step is one ragged batch of T tokens that the model sees as a single sequence ``[1, T]``. Only here are they told
+apart: each token's key and value go to its own (slot, position), and each query sees its own slot up to its position.
+Decoding rows attend in one batched operation, prefill chunks in one per group of similar length.
+
+Shapes: T tokens, H query heads, G key/value heads, D head size, S slots, L positions, N rows of a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
+
+ATTENTION_NAME = "millrace_slots"
+"""The ``attn_implementation`` to load a model with. No mask function has this name, so transformers makes no mask."""
+
+SPAN_DENSITY = 0.5
+"""Above this share of decoding slots in the span from the first to the last, attending over the span is cheaper than
+gathering the slots' keys and values (which costs about one more pass over them)."""
+
+LENGTH_STEP = 16
+"""Attended lengths are rounded up to a multiple of this, so that shapes repeat from step to step."""
+
+_NOT_SUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+class SlotCache:
+    """Keys and values of all slots: per layer two tensors ``[S, G, max_len, D]``, made when a layer first runs."""
+
+    def __init__(self, slots: int, max_len: int) -> None:
+        self.slots = slots
+        self.max_len = max_len
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
+        if index not in self.layers:
+            self.layers[index] = (self._empty(key_1GTD), self._empty(value_1GTD))
+        return self.layers[index]
+
+    def clear(self, slots: list[int]) -> None:
+        """Zero the slots, so that not-a-number values cannot reach their next users through masked positions."""
+        for keys, values in self.layers.values():
+            keys[slots] = 0
+            values[slots] = 0
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
+
+    def _empty(self, like_1GTD: Tensor) -> Tensor:
+        _, heads, _, size = like_1GTD.shape
+        return like_1GTD.new_zeros(self.slots, heads, self.max_len, size)
+
+
+class _Decode:
+    """N decoding rows: one query each, over a span of slots or over gathered ones."""
+
+    def __init__(self, plan: StepPlan, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        slots, positions = plan.slots[: plan.decodes], plan.positions[: plan.decodes]
+        self.low, self.high = int(slots[0]), int(slots[-1]) + 1
+        self.length = _round_up(int(positions.max()) + 1, max_len)
+        span = self.high - self.low
+        self.gather = _to_device(slots, device) if len(slots) < SPAN_DENSITY * span else None
+        self.rows = _to_device(slots - self.low, device) if self.gather is None and len(slots) < span else None
+        last_N = positions
+        if self.rows is not None:
+            last_N = np.zeros(span, np.int64)
+            last_N[slots - self.low] = positions
+        self.mask_N11L = _visible(_to_device(last_N, device)[:, None], self.length, dtype)[:, None]
+
+    def attend(self, query_NHD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, scaling: float | None) -> Tensor:
+        count, heads, size = query_NHD.shape
+        query_NGRD = query_NHD.reshape(count, keys_SGLD.shape[1], -1, size)
+        if self.gather is None:
+            keys, values = (kv[self.low : self.high, :, : self.length] for kv in (keys_SGLD, values_SGLD))
+            if self.rows is not None:
+                spread = query_NGRD.new_zeros(self.high - self.low, *query_NGRD.shape[1:])
+                query_NGRD = spread.index_copy_(0, self.rows, query_NGRD)
+        else:
+            keys, values = (kv[:, :, : self.length].index_select(0, self.gather) for kv in (keys_SGLD, values_SGLD))
+        out = scaled_dot_product_attention(query_NGRD, keys, values, attn_mask=self.mask_N11L, scale=scaling)
+        if self.rows is not None:
+            out = out.index_select(0, self.rows)
+        return out.reshape(count, heads, -1)
+
+
+class _Prefill:
+    """N chunks of at most Q tokens, padded to Q for attention only; the R query heads of a KV head are stacked."""
+
+    def __init__(self, chunks: tuple[Chunk, ...], max_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        lengths = np.array([chunk.length for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        self.first = chunks[0].row
+        self.count, self.longest = len(chunks), int(lengths.max())
+        self.tokens = int(lengths.sum())
+        self.length = _round_up(int((starts + lengths).max()), max_len)
+        self.slots = _to_device(np.array([chunk.slot for chunk in chunks]), device)
+        columns = np.arange(self.longest)
+        padded = None if self.tokens == self.count * self.longest else np.flatnonzero(columns < lengths[:, None])
+        self.padded = None if padded is None else _to_device(padded, device)
+        last_NQ = starts[:, None] + np.minimum(columns, lengths[:, None] - 1)
+        self.mask_N1QL = _visible(_to_device(last_NQ, device), self.length, dtype)[:, None]
+
+    def attend(self, query_THD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, scaling: float | None) -> Tensor:
+        _, heads, size = query_THD.shape
+        groups = keys_SGLD.shape[1]
+        if self.padded is not None:
+            spread = query_THD.new_zeros(self.count * self.longest, heads, size)
+            query_THD = spread.index_copy_(0, self.padded, query_THD)
+        query = query_THD.view(self.count, self.longest, groups, -1, size).permute(0, 2, 3, 1, 4)
+        repeats = query.shape[2]
+        query = query.reshape(self.count, groups, repeats * self.longest, size)
+        keys, values = (kv[:, :, : self.length].index_select(0, self.slots) for kv in (keys_SGLD, values_SGLD))
+        mask = self.mask_N1QL if repeats == 1 else self.mask_N1QL.repeat(1, 1, repeats, 1)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        out = out.view(self.count, groups, repeats, self.longest, -1).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self.count * self.longest, heads, -1)
+        return out if self.padded is None else out.index_select(0, self.padded)
+
+
+class SlotBatch:
+    """One step's view of the cache; travels through the model's keyword arguments to :func:`slot_attention`."""
+
+    def __init__(self, cache: SlotCache, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
+        self.cache = cache
+        self.slots_T = _to_device(plan.slots, device)
+        self.positions_T = _to_device(plan.positions, device)
+        self.decodes = plan.decodes
+        self.decode = _Decode(plan, cache.max_len, device, dtype) if plan.decodes else None
+        self.prefills = [_Prefill(group, cache.max_len, device, dtype) for group in plan.chunks]
+
+    def attend(
+        self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Store the step's keys and values, then attend; returns ``[1, T, H, D]``."""
+        keys, values = self.cache.layer(layer, key_1GTD, value_1GTD)
+        keys[self.slots_T, :, self.positions_T] = key_1GTD[0].transpose(0, 1)
+        values[self.slots_T, :, self.positions_T] = value_1GTD[0].transpose(0, 1)
+        query_THD = query_1HTD[0].transpose(0, 1)
+        parts = []
+        if self.decode is not None:
+            parts.append(self.decode.attend(query_THD[: self.decodes], keys, values, scaling))
+        for group in self.prefills:
+            rows = query_THD[group.first : group.first + group.tokens]
+            parts.append(group.attend(rows.contiguous(), keys, values, scaling))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    slot_batch: SlotBatch,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer.
+
+    Raises ValueError where a layer asks for what is not implemented here (soft caps, sinks, biases).
+    """
+    for name in _NOT_SUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} needs attention with `{name}`, which the torch engine lacks")
+    return slot_batch.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+def register() -> None:
+    """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, slot_attention)
+
+
+def _visible(last: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask: 0 up to and including position ``last``, minus infinity after it; adds a dimension ``length``."""
+    hidden = torch.arange(length, device=last.device) > last[..., None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=last.device).masked_fill_(hidden, -torch.inf)
+
+
+def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _round_up(length: int, most: int) -> int:
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, most)

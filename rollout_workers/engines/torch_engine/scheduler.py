@@ -1,0 +1,215 @@
+"""What an engine computes next: admission, eviction and the token budget of a step. No torch, no clock.
+
+| | consumes | produces | waits for | unblocked by |
+|---|---|---|---|---|
+| ``admit`` | the waiting queue | running slots | a slot that is free or idle | ``finish``, ``release`` |
+| ``plan`` | running slots | one step: all decodes, then prefill chunks | nothing | |
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rollout_workers.engines.protocol import GenerateRequest, KvPolicy
+from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
+
+PREFILL_GAIN = 8
+"""Tokens that prefill in about the time in which one decodes: the exchange rate of ``KvPolicy.AUTO``."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start : start + length`` of a slot, computed in one step from row ``row`` of the step on."""
+
+    slot: int
+    start: int
+    length: int
+    row: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One forward pass over T tokens: first ``decodes`` single tokens (ascending slots), then the prefill chunks."""
+
+    pin: int
+    slots: IntArray
+    """Slot of each token, int64 [T]."""
+    positions: IntArray
+    """Position of each token within its sequence, int64 [T]."""
+    tokens: npt.NDArray[np.int32]
+    """Token ids, int32 [T]."""
+    decodes: int
+    chunks: tuple[tuple[Chunk, ...], ...]
+    """Prefill chunks in groups of similar length, in the order of their rows."""
+    sample_rows: IntArray
+    """Rows whose logits are sampled: the last known token of a sequence."""
+
+    @property
+    def sample_slots(self) -> IntArray:
+        return self.slots[self.sample_rows]
+
+    @property
+    def prefilled(self) -> int:
+        return len(self.tokens) - self.decodes
+
+
+class Scheduler:
+    """First come, first served over the slots of one engine; every decision depends on the calls made, nothing else.
+
+    Invariants: a session has at most one request (waiting or running); a request waits only while no slot is free or
+    idle; a running slot has at least one token to compute.
+    """
+
+    def __init__(self, table: SlotTable, prefill_tokens: int) -> None:
+        self.table = table
+        self.prefill_tokens = prefill_tokens
+        self.waiting: deque[GenerateRequest] = deque()
+        self.evicted = 0
+        self._admitted = 0
+        self._last_pin = SERVED
+        self._waiting_sessions: set[str] = set()
+
+    def busy(self, session_id: str) -> bool:
+        """Whether a request of the session waits or runs."""
+        slot = self.table.slot_of.get(session_id)
+        return session_id in self._waiting_sessions or (slot is not None and bool(self.table.running[slot]))
+
+    def enqueue(self, request: GenerateRequest) -> None:
+        self.waiting.append(request)
+        self._waiting_sessions.add(request.session_id)
+
+    def remove_waiting(self, unwanted: Callable[[GenerateRequest], bool]) -> list[GenerateRequest]:
+        """Take the matching requests out of the waiting queue, in order."""
+        removed = [request for request in self.waiting if unwanted(request)]
+        if removed:
+            self.waiting = deque(request for request in self.waiting if not unwanted(request))
+            self._waiting_sessions.difference_update(request.session_id for request in removed)
+        return removed
+
+    def admit(self) -> list[int]:
+        """Start waiting requests, oldest first, while they can have a slot; returns the slots started."""
+        started = []
+        while self.waiting:
+            session_id = self.waiting[0].session_id
+            slot = self.table.slot_of.get(session_id)
+            if slot is None:
+                if not self.table.free and not self._evict():
+                    break
+                slot = self.table.take(session_id)
+            self.table.start(slot, self.waiting.popleft(), self._admitted)
+            self._waiting_sessions.discard(session_id)
+            self._admitted += 1
+            started.append(slot)
+        return started
+
+    def _evict(self) -> bool:
+        """Free the idle slot that was unused longest, one whose session has a request waiting only if all have."""
+        table = self.table
+        victim = next((slot for slot in table.idle if table.session[slot] not in self._waiting_sessions), None)
+        victim = next(iter(table.idle), None) if victim is None else victim
+        if victim is None:
+            return False
+        table.drop(victim)
+        self.evicted += 1
+        return True
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nothing runs. Requests on different weights take turns, one step each."""
+        running = np.flatnonzero(self.table.running)
+        if not len(running):
+            return None
+        pins = self.table.pin[running]
+        if pins[0] != SERVED or (pins != SERVED).any():
+            choices = np.unique(pins)
+            later = choices[choices > self._last_pin]
+            self._last_pin = int(later[0] if len(later) else choices[0])
+            running = running[pins == self._last_pin]
+        else:
+            self._last_pin = SERVED
+        return self._plan_rows(running)
+
+    def _plan_rows(self, running: IntArray) -> StepPlan:
+        table = self.table
+        pending = table.length[running] - table.kv_length[running]
+        decodes = running[pending == 1]
+        prefills = running[pending > 1]
+        groups = self._chunks(prefills[np.argsort(table.order[prefills])], len(decodes)) if len(prefills) else ()
+        slots, positions, rows = decodes, table.kv_length[decodes], np.arange(len(decodes))
+        if groups:
+            chunks = [chunk for group in groups for chunk in group]
+            slots = np.concatenate([slots, *(np.full(c.length, c.slot) for c in chunks)])
+            positions = np.concatenate([positions, *(np.arange(c.start, c.start + c.length) for c in chunks)])
+            ends = [c.row + c.length - 1 for c in chunks if c.start + c.length == table.length[c.slot]]
+            rows = np.concatenate([rows, np.array(ends, np.int64)])
+        tokens = table.tokens[slots, positions]
+        return StepPlan(self._last_pin, slots, positions, tokens, len(decodes), groups, rows)
+
+    def _chunks(self, slots: IntArray, row: int) -> tuple[tuple[Chunk, ...], ...]:
+        """Split the step's prefill budget over ``slots`` in order; group what is padded together by powers of two."""
+        budget = self.prefill_tokens
+        buckets: dict[int, list[tuple[int, int, int]]] = {}
+        for slot in slots.tolist():
+            start = int(self.table.kv_length[slot])
+            length = min(int(self.table.length[slot]) - start, budget)
+            if length == 0:
+                break
+            budget -= length
+            buckets.setdefault(max(length - 1, 15).bit_length(), []).append((slot, start, length))
+        groups = []
+        for _, members in sorted(buckets.items()):
+            group = []
+            for slot, start, length in members:
+                group.append(Chunk(slot, start, length, row))
+                row += length
+            groups.append(tuple(group))
+        return tuple(groups)
+
+    def computed(self, plan: StepPlan, version: int) -> None:
+        """Record that the step's tokens have their KV, computed with the weights of ``version``."""
+        table = self.table
+        first = plan.slots[plan.positions == 0]
+        table.kv_oldest[first] = version
+        table.kv_length[plan.slots[: plan.decodes]] += 1
+        for group in plan.chunks:
+            for chunk in group:
+                table.kv_length[chunk.slot] = chunk.start + chunk.length
+
+    def invalidate(self, new_version: int, policy: KvPolicy) -> int:
+        """Drop the KV that a weight update makes stale; returns how many tokens running requests compute again.
+
+        Idle sessions compute theirs again with their next turn. ``auto`` decides by cost for each slot: recomputing
+        the context takes about ``context / PREFILL_GAIN`` decode steps' time; it is worth it when that is at most the
+        tokens that the request may still sample from the stale KV, times the updates that the KV has missed:
+
+            recompute  <=>  context <= PREFILL_GAIN * (limit - length) * (new_version - kv_oldest)
+
+        so that short contexts follow the policy at once and long ones after several updates or never.
+        """
+        table = self.table
+        stale = (table.pin == SERVED) & (table.kv_length > 0)
+        if policy is KvPolicy.KEEP:
+            return 0
+        if policy is KvPolicy.AUTO:
+            remaining = np.maximum(table.limit - table.length, 1)
+            missed = np.maximum(new_version - table.kv_oldest, 1)
+            stale &= table.kv_length <= PREFILL_GAIN * remaining * missed
+        again = int(table.kv_length[stale & table.running].sum())
+        table.kv_length[stale] = 0
+        return again
+
+    def drop_all_kv(self) -> int:
+        """Forget all KV (``PauseMode.KEEP_REQUESTS``); returns how many tokens running requests compute again."""
+        again = int(self.table.kv_length[self.table.running].sum())
+        self.table.kv_length[:] = 0
+        return again
+
+    def release(self, session_id: str) -> None:
+        """Free the slot of an idle session; unknown sessions are ignored."""
+        slot = self.table.slot_of.get(session_id)
+        if slot is not None:
+            self.table.drop(slot)

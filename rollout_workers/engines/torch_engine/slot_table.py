@@ -1,0 +1,124 @@
+"""The state of all sequences of an engine, one row (slot) each, as arrays.
+
+A slot holds the tokens of one session and says how many of them have their keys and values in the cache. It is free,
+idle (its session waits between turns) or running (a request of the session is generating). Two lengths describe it:
+
+    0 <= kv_length <= length       tokens[kv_length:length] must still be computed
+
+A running slot with one token to compute decodes; with more it prefills. A request that goes on, a new turn of a
+session, a prompt longer than one step's budget and a KV recomputed after a weight update are all this one case.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from rollout_workers.engines.protocol import GenerateRequest
+
+SERVED = -1
+"""The ``pin`` of a slot that is generated with whatever weights are served."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+class SlotTable:
+    """Arrays over ``slots`` rows; row indices are slots. Pure bookkeeping, no policy."""
+
+    def __init__(self, slots: int, max_len: int) -> None:
+        self.slots = slots
+        self.max_len = max_len
+        self.tokens = np.zeros((slots, max_len), np.int32)
+        self.logprobs = np.zeros((slots, max_len), np.float32)
+        self.versions = np.full((slots, max_len), -1, np.int32)
+        self.length = np.zeros(slots, np.int64)
+        self.kv_length = np.zeros(slots, np.int64)
+        self.kv_oldest = np.zeros(slots, np.int64)
+        """Oldest weight version that computed any of the slot's keys and values."""
+        self.pin = np.full(slots, SERVED, np.int64)
+        self.running = np.zeros(slots, np.bool_)
+        self.order = np.zeros(slots, np.int64)
+        """Position of the request in order of admission."""
+        self.limit = np.zeros(slots, np.int64)
+        """``length`` at which the request has used up its ``max_tokens``."""
+        self.emitted = np.zeros(slots, np.int64)
+        """Tokens up to here have been reported."""
+        self.temperature = np.ones(slots, np.float32)
+        self.top_p = np.ones(slots, np.float32)
+        self.top_k = np.zeros(slots, np.int64)
+        self.seed = np.zeros(slots, np.uint64)
+        self.stop_ids = np.full((slots, 1), -1, np.int64)
+        self.cached = np.zeros(slots, np.int64)
+        """Prompt tokens that the request found in the cache; -1 once reported."""
+        self.request: list[GenerateRequest | None] = [None] * slots
+        self.session: list[str | None] = [None] * slots
+        self.slot_of: dict[str, int] = {}
+        self.idle: dict[int, None] = {}
+        """Idle slots, longest unused first."""
+        self._free = list(range(slots))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, session_id: str) -> int:
+        """Give the lowest free slot to a session; low slots first keeps the running ones close together."""
+        slot = heapq.heappop(self._free)
+        self.session[slot] = session_id
+        self.slot_of[session_id] = slot
+        return slot
+
+    def drop(self, slot: int) -> None:
+        """Free a slot that is not running."""
+        session_id = self.session[slot]
+        if session_id is None or self.running[slot]:
+            raise ValueError(f"slot {slot} cannot be freed: it is {'running' if self.running[slot] else 'free'}")
+        self.idle.pop(slot, None)
+        del self.slot_of[session_id]
+        self.session[slot] = None
+        self.length[slot] = self.kv_length[slot] = 0
+        heapq.heappush(self._free, slot)
+
+    def start(self, slot: int, request: GenerateRequest, order: int) -> int:
+        """Begin a request in its session's slot; returns how many prompt tokens have their KV already."""
+        prompt = request.prompt
+        pin = SERVED if request.pinned_version is None else request.pinned_version
+        cached = self._shared_prefix(slot, prompt) if self.pin[slot] == pin else 0
+        size = len(prompt)
+        self.tokens[slot, :size] = prompt
+        self.length[slot] = self.emitted[slot] = size
+        self.kv_length[slot] = self.cached[slot] = cached
+        self.limit[slot] = size + request.max_tokens
+        self.pin[slot] = pin
+        greedy = request.temperature == 0
+        self.temperature[slot] = request.temperature
+        self.top_p[slot] = 1.0 if greedy else request.top_p
+        self.top_k[slot] = 0 if greedy else request.top_k
+        self.seed[slot] = request.seed % 2**64
+        self._set_stop_ids(slot, request.stop_token_ids)
+        self.idle.pop(slot, None)
+        self.running[slot] = True
+        self.order[slot] = order
+        self.request[slot] = request
+        return cached
+
+    def finish(self, slot: int) -> None:
+        """End the request of a slot; the session keeps the slot and its KV, and becomes the last to be evicted."""
+        self.running[slot] = False
+        self.request[slot] = None
+        self.idle[slot] = None
+
+    def _shared_prefix(self, slot: int, prompt: npt.NDArray[np.int32]) -> int:
+        """Length of the longest prefix of ``prompt`` in the cache, leaving at least one token to compute."""
+        most = min(int(self.kv_length[slot]), len(prompt) - 1)
+        differs = np.flatnonzero(self.tokens[slot, :most] != prompt[:most])
+        return int(differs[0]) if len(differs) else most
+
+    def _set_stop_ids(self, slot: int, ids: tuple[int, ...]) -> None:
+        missing = len(ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(ids)] = ids
