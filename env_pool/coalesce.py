@@ -28,11 +28,15 @@ class Coalescer(Generic[T, R]):
 
     async def call(self, item: T) -> R:
         """Send ``item`` with the next batch and wait for its result."""
+        return await self.put(item)
+
+    def put(self, item: T) -> asyncio.Future[R]:
+        """Queue ``item`` for the next batch; the future gets its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.append((item, future))
         if self._drain_task is None:
             self._drain_task = asyncio.create_task(self._drain())
-        return await future
+        return future
 
     async def _drain(self) -> None:
         try:
@@ -69,8 +73,7 @@ class Coalescer(Generic[T, R]):
             if not future.done():
                 future.set_result(result)
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Stop; callers still waiting are cancelled."""
         if self._drain_task is not None:
             self._drain_task.cancel()
-            await asyncio.gather(self._drain_task, return_exceptions=True)
