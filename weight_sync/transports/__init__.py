@@ -1,0 +1,1 @@
+"""How the bytes of a version move: one interface (:mod:`.protocol`), two transports so far."""

@@ -1,0 +1,119 @@
+"""The interface of every transport, and the offers that travel ahead of the bytes.
+
+One order of calls works for all of them::
+
+    learner                                        engines (each in a thread of its own)
+    offer = sender.prepare(version, named, members)
+                         ── offer (small bytes, any RPC) ──►
+                                                   receiver.fetch(offer, on_tensor)
+    sender.send()        ══ the weights ══════════►    on_tensor(name, tensor) ...
+
+``prepare`` copies the weights, so the learner may change them as soon as it returns, while ``send`` still runs.
+``send`` must run at the same time as the receivers' ``fetch`` (it returns at once where the bytes can be read without
+the sender). ``offer`` makes another offer of the same version, for engines that join or have to try again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from weight_sync.errors import WeightTransferError
+from weight_sync.plan import Manifest
+from weight_sync.tensors import NamedTensors
+
+OnTensor = Callable[[str, Any], None]
+"""Called with a Hugging Face name and a tensor that is valid only during the call: copy it."""
+
+
+class SharedMemoryOffer(msgspec.Struct, frozen=True, kw_only=True, tag="shared_memory"):
+    """The version lies in a file that engines of the same node can map."""
+
+    manifest: Manifest
+    path: str
+    publication: int
+    """Counts the sender's publications: a file whose header shows another one has been written again."""
+    node: str
+    """Host name of the sender's node."""
+
+
+class CollectiveOffer(msgspec.Struct, frozen=True, kw_only=True, tag="collective"):
+    """The version will be broadcast from rank 0 of the process group ``epoch``, whose members meet at a store."""
+
+    manifest: Manifest
+    host: str
+    port: int
+    epoch: int
+    serial: int
+    """Counts the sender's offers."""
+    backend: str
+    """``gloo`` or ``nccl``."""
+    ranks: dict[str, int]
+    """Rank of each receiver, by member name, from 1."""
+    timeout_s: float
+
+
+Offer = SharedMemoryOffer | CollectiveOffer
+
+_DECODER = msgspec.msgpack.Decoder(Offer)
+
+
+def encode_offer(offer: Offer) -> bytes:
+    return msgspec.msgpack.encode(offer)
+
+
+def decode_offer(data: bytes) -> Offer:
+    """Raises WeightTransferError for anything but a consistent offer."""
+    try:
+        offer: Offer = _DECODER.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WeightTransferError(f"not an offer of weights: {error}") from error
+    offer.manifest.check()
+    return offer
+
+
+class WeightSender(Protocol):
+    """The learner's side. Not thread-safe, except that ``send`` may run beside everything but ``prepare``."""
+
+    kind: str
+
+    def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
+        """Copies the weights and returns the encoded offer for these members.
+
+        Tensors that share storage may be given once or several times; they are sent once, under their first name.
+        Raises WeightTransferError if the weights cannot be laid out or stored.
+        """
+        ...
+
+    def offer(self, members: Sequence[str]) -> bytes:
+        """The last prepared version again, for these members; ``send`` must follow.
+
+        Raises WeightTransferError if no version has been prepared.
+        """
+        ...
+
+    def send(self) -> None:
+        """Moves the bytes to the members of the last offer; returns when all have them.
+
+        Raises WeightTransferError within the transport's time-out when a member is gone; the next ``offer`` starts
+        afresh.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class WeightReceiver(Protocol):
+    """An engine's side."""
+
+    def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
+        """Blocks until every tensor of the offer has been handed to ``on_tensor``; returns the version.
+
+        Raises WeightTransferError if bytes are missing, damaged, overwritten or late: what was handed over must then be
+        thrown away.
+        """
+        ...
+
+    def close(self) -> None: ...

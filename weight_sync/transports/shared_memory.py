@@ -1,0 +1,222 @@
+"""Weights through files in shared memory, for engines on the learner's node.
+
+Two persistent files take turns, so that the version before the newest stays readable while the newest is written. A
+file starts with one header page: which publication it holds, or that it is being written. A receiver reads the header
+before and after it copies, so bytes that were overwritten meanwhile are noticed, whether or not checksums are taken.
+
+A sender holds a lock on its files. Files without a locked owner are left over from a process that was killed; the next
+sender in the same directory removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import socket
+import struct
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from weight_sync.errors import WeightTransferError
+from weight_sync.plan import Manifest
+from weight_sync.tensors import (
+    NamedTensors,
+    bucket_tensors,
+    pack,
+    plan_tensors,
+    unique_tensors,
+    verify_bucket,
+    with_checksums,
+)
+from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer, encode_offer
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "millrace-weights-"
+HEADER_BYTES = 4096
+_HEADER = struct.Struct("<8sqqq")
+_MAGIC = b"MLRCWGT1"
+_BEING_WRITTEN = -1
+SLOTS = 2
+
+
+def remove_stale_files(directory: str | Path = "/dev/shm") -> list[Path]:
+    """Removes weight files whose owner is gone; returns them."""
+    removed = []
+    for path in sorted(Path(directory).glob(PREFIX + "*")):
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed.append(path)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+class _Buffer:
+    """One locked, mapped file: a header page and ``capacity`` bytes."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        self.path, self.capacity = path, capacity
+        size = HEADER_BYTES + capacity
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._descriptor, 0, size)
+            self._map = mmap.mmap(self._descriptor, size)
+        except OSError as error:
+            self._remove()
+            raise WeightTransferError(
+                f"{path.parent} has no room for {size / 2**20:.1f} MiB of weights ({error.strerror}): free some, or "
+                "use weights.transport=collective"
+            ) from error
+        self.flat = torch.frombuffer(self._map, dtype=torch.uint8, offset=HEADER_BYTES) if capacity else torch.empty(0)
+        self.mark(_BEING_WRITTEN, 0, 0)
+
+    def mark(self, publication: int, version: int, total_bytes: int) -> None:
+        _HEADER.pack_into(self._map, 0, _MAGIC, publication, version, total_bytes)
+
+    def _remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def close(self) -> None:
+        self.flat = torch.empty(0)
+        self._remove()
+
+
+class SharedMemorySender:
+    """Writes each version into one of two files under ``directory``; ``send`` has nothing left to do."""
+
+    kind = "shared_memory"
+
+    def __init__(
+        self, *, directory: str | Path = "/dev/shm", bucket_bytes: int = 64 << 20, checksums: bool = True
+    ) -> None:
+        self._directory = Path(directory)
+        if not self._directory.is_dir():
+            raise WeightTransferError(f"{directory} is not a directory: weights.transport=shared_memory needs one")
+        removed = remove_stale_files(self._directory)
+        if removed:
+            logger.info("removed %d weight files of dead processes from %s", len(removed), directory)
+        self._identity = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._bucket_bytes, self._checksums = bucket_bytes, checksums
+        self._buffers: dict[int, _Buffer] = {}
+        self._publication = 0
+        self._prepared: SharedMemoryOffer | None = None
+
+    def prepare(self, version: int, named: NamedTensors, members: Sequence[str] = ()) -> bytes:
+        tensors = unique_tensors(named)
+        manifest = plan_tensors(version, tensors, self._bucket_bytes)
+        publication = self._publication + 1
+        buffer = self._buffer(publication, manifest)
+        buffer.mark(_BEING_WRITTEN, version, manifest.total_bytes)
+        pack(buffer.flat, manifest, tensors)
+        if self._checksums:
+            manifest = with_checksums(manifest, buffer.flat)
+        buffer.mark(publication, version, manifest.total_bytes)
+        self._publication = publication
+        self._prepared = SharedMemoryOffer(
+            manifest=manifest, path=str(buffer.path), publication=publication, node=socket.gethostname()
+        )
+        return encode_offer(self._prepared)
+
+    def offer(self, members: Sequence[str] = ()) -> bytes:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+        return encode_offer(self._prepared)
+
+    def send(self) -> None:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+
+    def _buffer(self, publication: int, manifest: Manifest) -> _Buffer:
+        slot = publication % SLOTS
+        known = self._buffers.get(slot)
+        if known is not None and known.capacity >= manifest.total_bytes:
+            return known
+        if known is not None:
+            self._buffers.pop(slot).close()
+        path = self._directory / f"{self._identity}-{publication}"
+        self._buffers[slot] = _Buffer(path, manifest.total_bytes)
+        return self._buffers[slot]
+
+    def close(self) -> None:
+        """Removes the files. Receivers that have mapped them keep what they have."""
+        while self._buffers:
+            self._buffers.popitem()[1].close()
+        self._prepared = None
+
+
+class SharedMemoryReceiver:
+    """Maps the sender's files; ``on_tensor`` sees views of them, without a copy of its own."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
+        decoded = decode_offer(offer)
+        if not isinstance(decoded, SharedMemoryOffer):
+            raise WeightTransferError("a shared-memory receiver got the offer of another transport")
+        mapped = self._map(decoded)
+        manifest = decoded.manifest
+        self._expect(mapped, decoded)
+        if manifest.total_bytes:
+            flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=HEADER_BYTES, count=manifest.total_bytes)
+            for index, bucket in enumerate(manifest.buckets):
+                data = flat[bucket.start : bucket.end]
+                verify_bucket(manifest, index, data)
+                for name, tensor in bucket_tensors(manifest, bucket, data):
+                    on_tensor(name, tensor)
+        self._expect(mapped, decoded)
+        return manifest.version
+
+    def _map(self, offer: SharedMemoryOffer) -> mmap.mmap:
+        known = self._maps.get(offer.path)
+        if known is not None:
+            return known
+        if not Path(offer.path).name.startswith(PREFIX):
+            raise WeightTransferError(f"{offer.path} is not a weight file")
+        try:
+            with open(offer.path, "rb") as file:
+                # A private mapping is writable for torch but can never change what the others see.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            where = "" if offer.node == socket.gethostname() else f" (the learner is on node {offer.node})"
+            raise WeightTransferError(
+                f"cannot map the weights of version {offer.manifest.version}: {error}{where}"
+            ) from error
+        if len(mapped) < HEADER_BYTES + offer.manifest.total_bytes:
+            raise WeightTransferError(f"{offer.path} is shorter than version {offer.manifest.version} needs")
+        self._forget_removed()
+        self._maps[offer.path] = mapped
+        return mapped
+
+    def _forget_removed(self) -> None:
+        for path in [p for p in self._maps if not os.path.exists(p)]:
+            del self._maps[path]
+
+    @staticmethod
+    def _expect(mapped: mmap.mmap, offer: SharedMemoryOffer) -> None:
+        magic, publication, version, total = _HEADER.unpack_from(mapped, 0)
+        expected = (_MAGIC, offer.publication, offer.manifest.version, offer.manifest.total_bytes)
+        if (magic, publication, version, total) == expected:
+            return
+        holds = "is being written" if publication == _BEING_WRITTEN else f"holds version {version}"
+        raise WeightTransferError(
+            f"{offer.path} {holds}, not the offered version {offer.manifest.version}: ask for the current one"
+        )
+
+    def close(self) -> None:
+        self._maps.clear()
