@@ -1,9 +1,10 @@
 """Composing a typed configuration from YAML files and dotted overrides.
 
-Layers apply left to right: each file's ``defaults`` first (depth first), then the file, then the overrides. A later layer wins;
-mappings merge, lists are replaced. The schema is any plain dataclass; nothing here knows what its keys mean.
+Layers apply left to right: each file's ``defaults`` first (depth first), then the file, then the overrides. A later
+layer wins; mappings merge, lists are replaced. The schema is any plain dataclass; nothing here knows what its keys mean.
 
-Every error is a :class:`ConfigError` that says where (file and line, or the override), which key, and what would be right.
+Every error is a :class:`ConfigError` that says where (file and line, or the override), which key, and what would be
+right.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Composed(Generic[ConfigType]):
-    """A composed configuration, where each key that was set came from, and the keys whose value came from the environment."""
+    """A composed configuration, where each key that was set came from, and which values are environment variables."""
 
     config: ConfigType
     origins: dict[str, Origin]
@@ -129,13 +130,15 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def packaged_names() -> list[str]:
     """The bare names of the configurations that come with Millrace."""
     return sorted(
-        entry.name.removesuffix(".yaml") for entry in resources.files("configs").iterdir() if entry.name.endswith(".yaml")
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("configs").iterdir()
+        if entry.name.endswith(".yaml")
     )
 
 
@@ -145,7 +148,9 @@ def locate(name: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ConfigError(f"{name} is a directory, not a config file; for the config of a run give {path / 'config.yaml'}")
+        raise ConfigError(
+            f"{name} is a directory, not a config file; for the config of a run give {path / 'config.yaml'}"
+        )
     bare = len(path.parts) == 1 and path.suffix in ("", ".yaml")
     if bare and path.stem in packaged_names():
         return Path(str(resources.files("configs"))) / f"{path.stem}.yaml"
@@ -167,7 +172,9 @@ def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[_Layer]:
     defaults = values.pop("defaults", [])
     place = f"{path}:{lines.get('defaults', 1)}"
     if not isinstance(defaults, list) or not all(isinstance(entry, str) for entry in defaults):
-        raise ConfigError(f"{place}: defaults must be a list of file names, such as [quickstart.yaml], got {defaults!r}")
+        raise ConfigError(
+            f"{place}: defaults must be a list of file names, such as [quickstart.yaml], got {defaults!r}"
+        )
     layers: list[_Layer] = []
     for entry in defaults:
         layers += _file_layers(_default_path(path, entry, place), (*parents, resolved))
@@ -211,7 +218,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lines(child, f"{prefix}.{index}")
 
 
-# --- overrides and keys ------------------------------------------------------------------------------------------------
+# --- overrides and keys ---------------------------------------------------------------------------------------------
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -244,7 +251,9 @@ def check_key(schema: type[Any], key: str, where: str) -> None:
         elif get_origin(kind) in (list, dict):
             kind = get_args(kind)[-1]
         elif kind is not Any:
-            raise ConfigError(f"{where}: {'.'.join(walked)} is a single value ({_type_name(kind)}); it has no key {part!r}")
+            raise ConfigError(
+                f"{where}: {'.'.join(walked)} is a single value ({_type_name(kind)}); it has no key {part!r}"
+            )
         walked.append(part)
 
 

@@ -1,7 +1,7 @@
 """The whole configuration of a run: one dataclass a part, composed here.
 
-:func:`load` composes files and overrides, :func:`resolve_mode` applies what ``mode`` implies, :func:`validate` refuses what
-cannot work, :func:`to_yaml` writes a config that runs again as it is. Nothing here imports torch, Ray or transformers.
+:func:`load` composes files and overrides, :func:`resolve_mode` applies what ``mode`` implies, :func:`validate` refuses
+what cannot work, :func:`to_yaml` writes a config that runs again as it is. No torch, Ray or transformers here.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def load(paths: Sequence[str], overrides: Sequence[str] = ()) -> Config:
 def resolve_mode(config: Config) -> Config:
     """A copy of ``config`` with the mode's presets applied.
 
-    A preset replaces what an earlier layer set (so ``millrace train quickstart mode=sync`` works); a different value set in the
-    same layer as the mode or in a later one contradicts it.
+    A preset replaces what an earlier layer set (so ``millrace train quickstart mode=sync`` works); a different value
+    set in the same layer as the mode or in a later one contradicts it.
 
     Raises:
         ConfigError: The mode is unknown, or such a contradiction, naming both places.
@@ -188,12 +188,10 @@ def validate(config: Config) -> None:
 def _validate_together(config: Config) -> None:
     if config.seed < 0:
         raise ValueError(f"seed must not be negative, got {config.seed}")
-    if not config.rewards and config.tasks.environment:
-        raise ValueError("rewards is empty; name at least one branch, such as rewards=[{kind: rule}]")
     if config.queue.min_size > config.rollout.group_size:
         raise ValueError(
-            f"queue.min_size ({config.queue.min_size}) must not exceed rollout.group_size ({config.rollout.group_size}): "
-            "no group could ever be complete"
+            f"queue.min_size ({config.queue.min_size}) must not exceed rollout.group_size "
+            f"({config.rollout.group_size}): no group could ever be complete"
         )
     if config.rollout.max_episode_tokens > config.engines.max_len:
         raise ValueError(

@@ -45,8 +45,8 @@ class RunDirectory:
         """Make the directory of a new run and write its config.
 
         Raises:
-            RunDirectoryError: A run is there already (and not ``overwrite``), something that is not a run is there, or the
-                place cannot be written.
+            RunDirectoryError: A run is there already (and not ``overwrite``), something that is not a run is there,
+                or the place cannot be written.
         """
         root = Path(path).expanduser().resolve()
         _make_room(root, overwrite)
@@ -168,7 +168,7 @@ class RunDirectory:
         return value
 
     def start_attempt(self, command: str, started_at: float) -> int:
-        """Record that a process starts on this run; returns its number, from 0. ``started_at`` is Unix time in seconds."""
+        """Record that a process starts on this run; returns its number, from 0. ``started_at``: Unix seconds."""
         try:
             number = len(self.attempts.read_text(encoding="utf-8").splitlines()) if self.attempts.exists() else 0
             with self.attempts.open("a", encoding="utf-8") as file:
@@ -187,7 +187,9 @@ def _make_room(root: Path, overwrite: bool) -> None:
         if not root.exists() or not any(root.iterdir()):
             return
         if not (root / CONFIG).exists():
-            raise RunDirectoryError(f"run.dir {root} holds files that are not of a run; choose another run.dir or empty it")
+            raise RunDirectoryError(
+                f"run.dir {root} holds files that are not of a run; choose another run.dir or empty it"
+            )
         if not overwrite:
             raise RunDirectoryError(
                 f"run.dir {root} holds a run already; continue it with 'millrace resume {root}', replace it with "
@@ -218,4 +220,6 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
     reason = error.strerror or str(error)
-    return RunDirectoryError(f"{path} cannot be written: {reason}; free space or permissions, or choose another run.dir")
+    return RunDirectoryError(
+        f"{path} cannot be written: {reason}; free space or permissions, or choose another run.dir"
+    )

@@ -17,7 +17,7 @@ class Snapshot:
     run_dir: str = ""
     mode: str = "async"
     phase: str = "starting"
-    """``starting``, ``warm-up``, ``evaluating``, ``training``, ``saving``, ``finished`` or ``failed``, with free detail."""
+    """``starting``, ``warm-up``, ``evaluating``, ``training``, ``saving``, ``finished`` or ``failed``."""
     step: int = 0
     steps: int = 0
     version: int = 0
@@ -47,7 +47,7 @@ class Snapshot:
     queue: dict[str, Any] = field(default_factory=dict)
     """``in_flight, ready, leased`` (groups), ``bytes, budget_bytes, trained, dropped``."""
     learner: dict[str, Any] = field(default_factory=dict)
-    """``phase, state, groups, groups_per_update, masked, busy``: groups of the present step, share masked, share busy."""
+    """``phase, state, groups, groups_per_update`` of the present step, and the shares ``masked`` and ``busy``."""
 
     evals: list[dict[str, Any]] = field(default_factory=list)
     """``step, success, reward, tasks``, oldest first."""

@@ -100,7 +100,9 @@ def test_key_below_a_single_value_is_refused() -> None:
     assert "part.steps is a single value (int)" in refused([], "part.steps.more=3")
 
 
-@pytest.mark.parametrize("override", ["part.steps=many", "part.steps=1.5", "seed=null", "part=3", "branches=3", "branches.7.weight=1"])
+@pytest.mark.parametrize(
+    "override", ["part.steps=many", "part.steps=1.5", "seed=null", "part=3", "branches=3", "branches.7.weight=1"]
+)
 def test_wrong_type_names_the_key_and_the_override(override: str) -> None:
     message = refused([], override)
     assert override in message
