@@ -52,7 +52,7 @@ class ExperienceQueue:
         self._events: list[QueueEvent] = []
         self._budget_bytes = int(config.budget_mb * (1 << 20))
         self._waiting_consumers: set[str] = set()
-        self._refused = False
+        self._refused_bytes: int | None = None
         self._last_ack: tuple[int, frozenset[str], int] = (-1, frozenset(), 0)
 
     @classmethod
@@ -120,8 +120,8 @@ class ExperienceQueue:
 
     def events(self) -> list[QueueEvent]:
         """What happened since the last call, in order."""
-        if self._refused and self.may_add(0):
-            self._refused = False
+        if self._refused_bytes is not None and self.may_add(self._refused_bytes):
+            self._refused_bytes = None
             self._events.append(QueueEvent(kind=EventKind.SPACE))
         events, self._events = self._events, []
         return events
@@ -139,7 +139,8 @@ class ExperienceQueue:
         if group is None or entry.status is Status.SYSTEM_ERROR:
             return self._add_unusable(group, entry, now)
         if not self.may_add(entry.size_bytes):
-            self._refused = True
+            refused = entry.size_bytes if self._refused_bytes is None else self._refused_bytes
+            self._refused_bytes = min(refused, entry.size_bytes)
             return Added.FULL
         self._state.add(group, entry, self._write("add", entry))
         self._settle(group, now)
