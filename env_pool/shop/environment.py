@@ -18,14 +18,14 @@ from experience.records import Task
 STYLES = ("terse", "natural")
 
 _SYSTEM_PROMPT = (
-    "You serve the customers of a shop. Look up what you need with the tools, one call at a time, and carry out exactly "
-    "what is asked: no refund and no note more. When everything is done, reply with the answer alone, in one word or "
-    "number, without a tool call."
+    "You serve the customers of a shop. Look up what you need with the tools, one call at a time, and carry out "
+    "exactly what is asked: no refund and no note more. When everything is done, reply with the answer alone, in one "
+    "word or number, without a tool call."
 )
 
 
 class ShopEnvironment(ToolEnvironment):
-    """Customer service. Options: `style` (`terse` for the small vocabulary, `natural` for English), `levels` (depths)."""
+    """Customer service. Options: `style` (`terse`: the small vocabulary, `natural`: English) and `levels` (depths)."""
 
     name = "shop"
     deterministic = True

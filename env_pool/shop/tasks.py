@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from env_pool.environment import Split
@@ -22,8 +22,8 @@ ORDERS = 6
 HELD_OUT_RESIDUE = 0
 _PAIR_MODULUS = 5
 _DIGIT_MODULUS = 4
-_LATE_SHARE = 0.5
-_GONE_SHARE = 0.5
+_LATE_SHARE = 0.4
+_GONE_SHARE = 0.4
 _EMPTY_SHARE = 0.08
 """How often the stock of an item is none where no condition depends on it."""
 
@@ -192,6 +192,7 @@ def make_task(index: int, seed: int, split: Split, levels: Sequence[int], style:
         "style": style,
         "orders": [list(row) for row in orders],
         "stock": stock,
+        "facts": asdict(facts),
         "golden": golden_chain(kind, facts),
         "expected": _expected(kind, facts),
     }
@@ -228,6 +229,11 @@ def _draw_orders(rng: random.Random, held_out: bool, kind: Kind) -> list[OrderRo
 
 def _draw_stock(rng: random.Random, empty_share: float) -> int:
     return 0 if rng.random() < empty_share else rng.randint(10, 99)
+
+
+def parse_facts(payload: Mapping[str, Any]) -> Facts:
+    """What the task was made from."""
+    return Facts(**payload["facts"])
 
 
 def parse_payload(payload: Mapping[str, Any]) -> tuple[list[OrderRow], list[tuple[str, int]]]:

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning on demonstrations: gives a model the syntax and habits from which reinforcement goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Demonstration(NamedTuple):
+    """One conversation as tokens; ``trained`` marks those that carry loss (the model's own)."""
+
+    tokens: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpSettings:
+    """AdamW with a linear rise over ``rise_steps`` and a linear fall to ``final_share`` of ``lr`` at the last step."""
+
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 4e-3
+    rise_steps: int = 20
+    final_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_grad: float = 1.0
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step ``step`` (from 0)."""
+        if step < self.rise_steps:
+            return self.lr * (step + 1) / self.rise_steps
+        passed = (step - self.rise_steps) / max(1, self.steps - 1 - self.rise_steps)
+        return self.lr * (1 - (1 - self.final_share) * passed)
+
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with steps done, steps in all, and the loss of the step."""
+
+
+def warm_up(
+    model: nn.Module,
+    demonstrations: Sequence[Demonstration],
+    settings: WarmUpSettings,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train a Hugging Face causal language model in place; returns the loss of every step (nats a token).
+
+    The same model, demonstrations, settings and number of torch threads give the same weights. Raises ValueError when
+    there is nothing to train on, FloatingPointError when the loss is no longer finite.
+    """
+    if not any(any(demonstration.trained[1:]) for demonstration in demonstrations):
+        raise ValueError("warm-up needs demonstrations with at least one trained token each, got none")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    model.train()
+    losses: list[float] = []
+    order: list[int] = []
+    for step in range(settings.steps):
+        while len(order) < settings.batch_size:
+            order += torch.randperm(len(demonstrations), generator=generator).tolist()
+        batch = [demonstrations[index] for index in order[: settings.batch_size]]
+        del order[: settings.batch_size]
+        loss = _loss(model, batch)
+        if not math.isfinite(value := float(loss.detach())):
+            raise FloatingPointError(f"warm-up step {step}: the loss is {value}; lower the learning rate {settings.lr}")
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        optimizer.step()
+        losses.append(value)
+        if progress is not None:
+            progress(step + 1, settings.steps, value)
+    model.eval()
+    return losses
+
+
+def _loss(model: Any, batch: Sequence[Demonstration]) -> torch.Tensor:
+    """Mean cross entropy over the trained tokens of a batch.
+
+    Rows are padded on the right, where causal attention needs no mask; only positions whose next token is trained go
+    through the output layer.
+    """
+    length = max(len(demonstration.tokens) for demonstration in batch)
+    tokens_BT = torch.zeros(len(batch), length, dtype=torch.long)
+    trained_BT = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, demonstration in enumerate(batch):
+        size = len(demonstration.tokens)
+        tokens_BT[row, :size] = torch.tensor(demonstration.tokens)
+        trained_BT[row, :size] = torch.tensor(demonstration.trained)
+    device = next(model.parameters()).device
+    tokens_BT, trained_BT = tokens_BT.to(device), trained_BT.to(device)
+    hidden_BTD = model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    predicts_BT = trained_BT[:, 1:]
+    logits_NV = model.get_output_embeddings()(hidden_BTD[:, :-1][predicts_BT])
+    return nn.functional.cross_entropy(logits_NV.float(), tokens_BT[:, 1:][predicts_BT])
