@@ -1,7 +1,7 @@
 """Composing a typed configuration from YAML files and dotted overrides.
 
 Layers apply left to right: each file's ``defaults`` first (depth first), then the file, then the overrides. A later
-layer wins; mappings merge, lists are replaced. The schema is any plain dataclass; nothing here knows what its keys mean.
+layer wins; mappings merge, lists are replaced. The schema is any plain dataclass; what its keys mean is not known here.
 
 Every error is a :class:`ConfigError` that says where (file and line, or the override), which key, and what would be
 right.

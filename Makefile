@@ -1,0 +1,50 @@
+# Everything runs from .venv, which is made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Several processes share the cores: thread pools of one thread each keep them from fighting over them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup quickstart test test-slow lint types format clean help
+
+help:
+	@echo "make quickstart   train the small shop agent (about five minutes on two CPU cores)"
+	@echo "make test         run the tests"
+	@echo "make setup | test-slow | lint | types | format | clean"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Millrace needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>&1 || true); install one and run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing (a few minutes the first time)"
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/millrace train configs/quickstart.yaml run.overwrite=true
+
+test: setup
+	$(BIN)/pytest -q -m "not slow"
+
+test-slow: setup
+	$(BIN)/pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
