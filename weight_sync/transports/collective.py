@@ -62,7 +62,7 @@ def _one_at_a_time(lock: threading.Lock, what: str, timeout_s: float) -> Iterato
 
 def _gloo_options(offer: CollectiveOffer, timeout: timedelta) -> Any:
     """Options that make gloo listen at the address from which this process reaches the learner."""
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = torch._C._distributed_c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         options._devices = [dist.ProcessGroupGloo.create_default_device()]
