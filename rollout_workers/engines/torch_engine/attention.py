@@ -45,6 +45,7 @@ class SlotCache:
             self.layers[index] = (self._empty(key_1GTD), self._empty(value_1GTD))
         return self.layers[index]
 
+    @torch.inference_mode()
     def clear(self, slots: list[int]) -> None:
         """Zero the slots, so that not-a-number values cannot reach their next users through masked positions."""
         for keys, values in self.layers.values():

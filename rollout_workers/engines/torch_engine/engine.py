@@ -91,9 +91,9 @@ class TorchEngine:
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. One that cannot be served ends with an ``error`` chunk, before any work on it.
 
-        Raises ValueError if a request of this id is in flight (a chunk could not tell the two apart).
+        Raises ValueError if a request of this id is in flight or not reported yet (chunks could not tell them apart).
         """
-        if request.request_id in self._requests:
+        if request.request_id in self._requests or any(c.request_id == request.request_id for c in self._outbox):
             raise ValueError(f"request {request.request_id!r} is already in flight; request ids must be unique")
         reason = self._refusal(request)
         if reason is not None:
@@ -362,8 +362,11 @@ class TorchEngine:
         """Run one token, so that a model which bypasses the attention interface is refused here."""
         zero = np.zeros(1, np.int64)
         plan = StepPlan(SERVED, zero, zero, np.zeros(1, np.int32), 1, (), zero)
-        with torch.inference_mode():
-            self._logits(plan, zero)
+        try:
+            with torch.inference_mode():
+                self._logits(plan, zero)
+        except (ValueError, TypeError) as error:
+            raise loader.ModelError(f"{type(self.model).__name__} cannot run in the torch engine: {error}") from error
         layers = int(self.model.config.get_text_config().num_hidden_layers)
         if len(self.cache.layers) != layers:
             raise loader.ModelError(

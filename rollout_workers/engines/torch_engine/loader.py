@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -61,7 +62,7 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=resolve_dtype(dtype, target), attn_implementation=ATTENTION_NAME
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path={path}: cannot be loaded: {error}") from error
     return model.to(target).eval(), load_tokenizer(directory)
 
