@@ -246,7 +246,7 @@ def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
     with open(path_of(offer), "r+b") as file:
         file.seek(shared_memory.HEADER_BYTES + 100)
         file.write(b"\xff\xff\xff\xff")
-    with pytest.raises(WeightTransferError, match="version 1, bucket 0 of .* checksum"):
+    with pytest.raises(WeightTransferError, match=r"version 1, bucket 0 of .* checksum"):
         SharedMemoryReceiver().fetch(offer, lambda name, tensor: None)
     sender.close()
 

@@ -1,0 +1,189 @@
+"""From groups to micro-batches: advantages, loss masks, and packing by a token budget.
+
+A *sample* is one trajectory with its advantage and the positions that carry loss. Samples are packed longest first, each
+into the first micro-batch that has room (first-fit decreasing), and lie end to end in one row without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from experience.records import Group, Status, Trajectory
+from experience.staleness import loss_mask
+from learner.attention import RaggedLayout, make_layout
+from learner.objectives.advantages import trajectory_advantages
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One trajectory, cut after the last token that carries loss."""
+
+    trajectory_id: str
+    group_id: str
+    inputs: npt.NDArray[np.int32]
+    """[T]: the tokens that the model reads."""
+    positions: npt.NDArray[np.int64]
+    """[n]: where in ``inputs`` the model predicts a token that carries loss."""
+    targets: npt.NDArray[np.int64]
+    """[n]: those tokens."""
+    behaviour: npt.NDArray[np.float32]
+    """[n]: their log-probabilities when they were sampled."""
+    lags: npt.NDArray[np.int64]
+    """[n]: learner version minus the version that sampled them."""
+    advantage: float
+    temperature: float
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class GroupSamples:
+    """What one group contributes to a step."""
+
+    samples: list[Sample]
+    sampled_tokens: int
+    """Tokens of the group that an engine sampled for training."""
+    usable_tokens: int
+    """Those among them that may carry loss."""
+    rewards: dict[str, float]
+    """Reward of each episode that has one, by ``episode_id``."""
+    version_spans: list[int]
+    """Number of different versions among the sampled tokens, for each trajectory that has any."""
+    unrewarded: int
+    """Episodes without a reward, or ended by a system error: they carry no loss."""
+
+    @property
+    def has_signal(self) -> bool:
+        return any(sample.advantage != 0.0 for sample in self.samples)
+
+
+def episode_rewards(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """The reward of each episode: the mean over its trajectories that carry one. Failed episodes are left out."""
+    found: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        if trajectory.reward is not None and trajectory.status is not Status.SYSTEM_ERROR:
+            found.setdefault(trajectory.episode_id, []).append(trajectory.reward)
+    return {episode: float(np.mean(rewards)) for episode, rewards in found.items()}
+
+
+def make_samples(group: Group, version: int, max_lag: int, advantage: str) -> GroupSamples:
+    """The samples of one group at learner ``version``: no token of a lag over ``max_lag`` is among the targets."""
+    rewards = episode_rewards(group.trajectories)
+    rewarded = [t for t in group.trajectories if t.episode_id in rewards and t.status is not Status.SYSTEM_ERROR]
+    advantages = trajectory_advantages(
+        [group.group_id] * len(rewarded),
+        [t.episode_id for t in rewarded],
+        [rewards[t.episode_id] for t in rewarded],
+        advantage,
+    )
+    samples = [_make_sample(t, float(a), version, max_lag) for t, a in zip(rewarded, advantages, strict=True)]
+    kept = [sample for sample in samples if sample is not None]
+    return GroupSamples(
+        samples=kept,
+        sampled_tokens=group.sampled_tokens,
+        usable_tokens=sum(len(sample.targets) for sample in kept),
+        rewards=rewards,
+        version_spans=[len(np.unique(t.versions[t.trainable])) for t in group.trajectories if t.sampled_tokens],
+        unrewarded=len({t.episode_id for t in group.trajectories} - rewards.keys()),
+    )
+
+
+def _make_sample(trajectory: Trajectory, advantage: float, version: int, max_lag: int) -> Sample | None:
+    mask = loss_mask(trajectory, version, max_lag)
+    # Nothing predicts the first token.
+    where = np.flatnonzero(mask[1:])
+    if not len(where):
+        return None
+    return Sample(
+        trajectory_id=trajectory.trajectory_id,
+        group_id=trajectory.group_id,
+        inputs=trajectory.tokens[: where[-1] + 1],
+        positions=where,
+        targets=trajectory.tokens[where + 1].astype(np.int64),
+        behaviour=trajectory.logprobs[where + 1],
+        lags=(version - trajectory.versions[where + 1]).astype(np.int64),
+        advantage=advantage,
+        temperature=trajectory.temperature,
+    )
+
+
+def pack(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
+    """Micro-batches of at most ``token_budget`` input tokens (or one longer sample alone), each longest first."""
+    bins: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        index = next((i for i, left in enumerate(room) if left >= len(sample)), len(bins))
+        if index == len(bins):
+            bins.append([])
+            room.append(token_budget)
+        bins[index].append(sample)
+        room[index] -= len(sample)
+    return bins
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples end to end in one row of T tokens, n of whose positions carry loss."""
+
+    inputs: torch.Tensor
+    """int64 [1, T]."""
+    position_ids: torch.Tensor
+    """int64 [1, T], from 0 in each sequence."""
+    layout: RaggedLayout
+    positions: torch.Tensor
+    """int64 [n]: columns of ``inputs`` where a target is predicted."""
+    targets: torch.Tensor
+    """int64 [n]."""
+    behaviour: torch.Tensor
+    """float32 [n]."""
+    advantages: torch.Tensor
+    """float32 [n]."""
+    weights: torch.Tensor
+    """float32 [n]: 1, or 1 / (targets of the trajectory) when every trajectory counts the same."""
+    inverse_temperatures: torch.Tensor
+    """float32 [n]; greedy samples count as temperature 1."""
+    lags: torch.Tensor
+    """int64 [n]."""
+    sample_of: torch.Tensor
+    """int64 [n]: index into ``samples``."""
+    samples: tuple[Sample, ...]
+    normaliser: float
+    """What the batch adds to the step's normaliser: its targets, or its trajectories."""
+
+
+def collate(samples: Sequence[Sample], aggregation: str, device: torch.device | str = "cpu") -> MicroBatch:
+    """The micro-batch of samples that are sorted longest first. ``aggregation``: ``token`` or ``sequence``."""
+    lengths = [len(sample) for sample in samples]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    counts = [len(sample.targets) for sample in samples]
+    if aggregation not in ("token", "sequence"):
+        raise ValueError(f"unknown aggregation {aggregation!r}: use token or sequence")
+    per_sample_weight = [1.0 if aggregation == "token" else 1.0 / count for count in counts]
+
+    def repeated(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), counts)).to(device)
+
+    def joined(arrays: Iterable[npt.NDArray[np.generic]], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays)).astype(dtype)).to(device)
+
+    return MicroBatch(
+        inputs=joined((s.inputs for s in samples), np.int64)[None],
+        position_ids=joined((np.arange(n) for n in lengths), np.int64)[None],
+        layout=make_layout(lengths, device),
+        positions=joined((s.positions + o for s, o in zip(samples, offsets, strict=True)), np.int64),
+        targets=joined((s.targets for s in samples), np.int64),
+        behaviour=joined((s.behaviour for s in samples), np.float32),
+        advantages=repeated([s.advantage for s in samples]),
+        weights=repeated(per_sample_weight),
+        inverse_temperatures=repeated([1.0 / s.temperature if s.temperature > 0 else 1.0 for s in samples]),
+        lags=joined((s.lags for s in samples), np.int64),
+        sample_of=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)).to(device),
+        samples=tuple(samples),
+        normaliser=float(sum(counts) if aggregation == "token" else len(samples)),
+    )

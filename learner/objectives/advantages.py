@@ -1,0 +1,61 @@
+"""Advantages of the episodes of a group, from their rewards alone.
+
+- ``grpo``: ``(r - mean) / std`` with the population standard deviation (Shao et al. 2024, "DeepSeekMath", section 4.1.1).
+- ``dr_grpo``: ``r - mean`` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3.2).
+- ``rloo``: ``r`` minus the mean of the *other* episodes (Ahmadian et al. 2024, "Back to Basics", section 3.2).
+
+Statistics are taken over the episodes that a group really has, one reward each: groups may be uneven, and an episode that
+yielded several trajectories counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+EPSILON = 1e-6
+"""Added to the standard deviation of ``grpo``."""
+
+
+def episode_advantages(rewards: FloatArray, kind: str) -> FloatArray:
+    """Advantages float64 [n] of the n episodes of one group; all zero when the rewards are equal, or for one episode.
+
+    Raises ValueError for an unknown kind.
+    """
+    if kind not in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(f"unknown advantage {kind!r}: use grpo, dr_grpo or rloo")
+    count = len(rewards)
+    if count < 2 or rewards.max() == rewards.min():
+        return np.zeros(count)
+    centred = rewards - rewards.mean()
+    if kind == "dr_grpo":
+        return centred
+    if kind == "rloo":
+        return centred * (count / (count - 1))
+    return centred / (rewards.std() + EPSILON)
+
+
+def trajectory_advantages(
+    group_ids: Sequence[Hashable], episode_ids: Sequence[Hashable], rewards: Sequence[float], kind: str
+) -> FloatArray:
+    """Advantages float64 [n] of n trajectories: those of their episodes, compared within their groups.
+
+    An episode's reward is the mean over its trajectories, which normally all carry the same one.
+
+    >>> trajectory_advantages("aab", [1, 2, 3], [1.0, 0.0, 1.0], "dr_grpo").tolist()
+    [0.5, -0.5, 0.0]
+    """
+    members: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for index, (group, episode) in enumerate(zip(group_ids, episode_ids, strict=True)):
+        members.setdefault(group, {}).setdefault(episode, []).append(index)
+    result = np.zeros(len(group_ids))
+    values = np.asarray(rewards, dtype=np.float64)
+    for episodes in members.values():
+        per_episode = np.array([values[indices].mean() for indices in episodes.values()])
+        for advantage, indices in zip(episode_advantages(per_episode, kind), episodes.values(), strict=True):
+            result[indices] = advantage
+    return result
