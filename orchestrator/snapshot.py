@@ -45,9 +45,10 @@ class Snapshot:
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """``name, state, pending, scored``."""
     queue: dict[str, Any] = field(default_factory=dict)
-    """``in_flight, ready, leased`` (groups), ``bytes, budget_bytes, trained, dropped``."""
+    """``in_flight, ready, leased, dropped`` (groups) and ``bytes``."""
     learner: dict[str, Any] = field(default_factory=dict)
-    """``phase, state, groups, groups_per_update`` of the present step, and the shares ``masked`` and ``busy``."""
+    """``phase`` (``waiting``, ``training``, ``publishing``, ``saving``), ``state``; ``groups, groups_per_update`` of
+    the present step; the shares ``masked`` and ``busy``."""
 
     evals: list[dict[str, Any]] = field(default_factory=list)
     """``step, success, reward, tasks``, oldest first."""

@@ -43,6 +43,12 @@ def test_import_contracts_hold() -> None:
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)
 def test_module_loads_without_torch(module: str) -> None:
-    code = f"import sys, {module}; heavy = {{'torch', 'transformers', 'tensorflow'}} & set(sys.modules); assert not heavy, heavy"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'transformers', 'tensorflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 0, result.stderr
