@@ -33,7 +33,7 @@ class QueueOrder(Enum):
     ready_first = "ready_first"
     """The one finished first."""
     windowed = "windowed"
-    """The one dispatched first, among the ``window`` oldest positions that are not yet delivered."""
+    """The one dispatched first, but none ``window`` or more positions after the oldest not yet delivered."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from experience import staleness
 from experience.config import OnViolation, QueueConfig, QueueOrder
+from experience.entries import LeasedGroup
 from experience.queue import ExperienceQueue
 from experience.staleness import Pacing, Progress, loss_mask
 
@@ -98,8 +99,10 @@ class Simulation:
 
     def step(self) -> None:
         """One learner step; fails when no progress is possible any more."""
-        taken = []
-        while len(taken) < self.groups_per_update:
+        taken: list[LeasedGroup] = []
+        for _ in range(1000):
+            if len(taken) == self.groups_per_update:
+                break
             leased = self.queue.lease("learner", self.groups_per_update - len(taken), self.learner, 0.0)
             taken += leased
             self.lags += [
@@ -113,6 +116,7 @@ class Simulation:
                 # Nothing to wait for: dispatching must go on once the engines have caught up.
                 self.engine = self.learner
                 assert self.queue.admit(self.engine) > 0 or self.queue.ready_groups > 0, "wedged"
+        assert len(taken) == self.groups_per_update, "wedged"
         tokens = sum(group.tokens for group in taken)
         group_ids = [group.group_id for group in taken]
         self.queue.ack(group_ids, step=self.learner, trained_tokens=tokens, masked_tokens=0)
