@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ class LearnerSettings:
     keep_checkpoints: int
     deterministic: bool
     seed: int
-    transport: str
 
 
 class LearnerActor:
@@ -58,6 +58,7 @@ class LearnerActor:
         self._learner: Any = None
         self._sender: Any = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._prepared = -1
         self._phase = "starting"
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
@@ -67,9 +68,13 @@ class LearnerActor:
         """Build model and optimizer from the model directory, or from a checkpoint. Returns the version."""
         return int(await self._compute(self._load, checkpoint))
 
-    async def run(self, queue: Any, controller: Any) -> int:
-        """Train to the last step; returns the final version. One `controller.step_done` call a step."""
+    async def run(self, queue: Any, controller: Any, engine_nodes: list[str]) -> int:
+        """Train to the last step; returns the final version. One `controller.step_done` call a step.
+
+        ``engine_nodes`` are the host names of the engines: they decide the transport.
+        """
         settings = self._settings
+        await self._compute(self._open_sender, engine_nodes)
         publication: asyncio.Future[Any] | None = None
         while self._learner.version < settings.steps:
             metrics, group_ids = await self._step(queue)
@@ -156,7 +161,6 @@ class LearnerActor:
 
     def _load(self, checkpoint: str | None) -> int:
         from learner.learner import Learner
-        from weight_sync.transports.select import make_sender
 
         settings = self._settings
         self._learner = Learner(
@@ -172,9 +176,17 @@ class LearnerActor:
             self._learner.load(settings.model_path)
         else:
             self._learner.restore(Path(checkpoint))
-        self._sender = make_sender(settings.weights, settings.transport, device=self._learner.device)
         self._phase = "ready"
         return int(self._learner.version)
+
+    def _open_sender(self, engine_nodes: list[str]) -> None:
+        from weight_sync.transports.select import choose_transport, make_sender
+
+        weights, here = self._settings.weights, socket.gethostname()
+        kind = choose_transport(weights.transport, here, engine_nodes)
+        host = "127.0.0.1" if all(node == here for node in engine_nodes) else here
+        self._sender = make_sender(weights, kind, host=host, device=self._learner.device)
+        logger.info("weights travel by %s", kind)
 
     def _prepare(self) -> None:
         self._prepared = self._learner.version

@@ -80,6 +80,12 @@ class Dispatcher:
         """Pacing forbids another group at the present version."""
         return self._policy.admit(Progress(self.dispatched, self.slots_returned, self.version)) <= 0
 
+    def oldest_in_flight(self, count: int) -> list[str]:
+        """The groups that were started first and are not finished, with their worker: for messages."""
+        headers = [header for worker in self._workers.values() for header in worker.groups.values()] + self._orphans
+        headers.sort(key=lambda header: header.index)
+        return [f"{header.group_id} on {self._home.get(header.group_id, 'no worker')}" for header in headers[:count]]
+
     def worker_of(self, group_id: str) -> str | None:
         return self._home.get(group_id)
 

@@ -103,5 +103,3 @@ def _success(reports: list[EpisodeReport]) -> float | None:
     if not reports:
         return None
     return sum((report.reward or 0.0) >= SUCCESS_AT for report in reports) / len(reports)
-
-

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weight_sync.config import WeightsConfig
-from weight_sync.membership import MemberState, Membership
+from weight_sync.membership import Membership, MemberState
 from weight_sync.publication import Action, Phase, Publication
 
 logger = logging.getLogger(__name__)
@@ -60,17 +60,13 @@ class Fleet:
         """Bring an engine that holds ``version`` (from disk) into service, with the current weights."""
         self.membership.join(name)
         self._handles[name] = handle
-        while True:
+        async with self._moving:
             wanted = self.membership.begin_load(name)
             if wanted != version:
-                async with self._moving:
-                    wanted = self.membership.begin_load(name)
-                    if name not in await self._transfer(wanted, [(name, handle)]):
-                        raise RuntimeError(f"engine {name} could not be given version {wanted}")
-                    await self._commit(name, handle, wanted)
-            if self.membership.loaded(name, wanted):
-                break
-            version = wanted
+                if name not in await self._transfer(wanted, [(name, handle)]):
+                    raise RuntimeError(f"engine {name} could not be given version {wanted}")
+                await self._commit(name, handle, wanted)
+            self.membership.loaded(name, wanted)
         await self._tell_served()
 
     def lost(self, name: str) -> None:

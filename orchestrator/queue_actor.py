@@ -65,12 +65,14 @@ class QueueActor:
         if committed_step is None or journal is None:
             self._queue = ExperienceQueue(self._config, self._policy, journal=journal)
         else:
-            self._queue = ExperienceQueue.recover(
-                self._config, self._policy, journal, committed_step, time.time()
-            )
+            self._queue = ExperienceQueue.recover(self._config, self._policy, journal, committed_step, time.time())
         await self._changed()
         in_flight: list[InFlight] = self.queue.in_flight()
         return encode(in_flight)
+
+    async def in_flight(self) -> bytes:
+        """Groups still being generated and their missing episodes (encoded list of `InFlight`)."""
+        return encode(self.queue.in_flight())
 
     async def open(self, headers: bytes) -> None:
         """Groups are about to be dispatched."""

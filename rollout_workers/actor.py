@@ -70,7 +70,7 @@ class RolloutWorkerActor:
         from env_pool.rewards import RewardClient
 
         settings = self._settings
-        self._pool = EnvironmentPool(environments, settings.environments)
+        self._pool = EnvironmentPool(environments, settings.environments, self.name)
         self._rewards = RewardClient(rewards, settings.rewards)
         self._worker = RolloutWorker(
             self.name,

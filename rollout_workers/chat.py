@@ -76,7 +76,9 @@ class ChatTokenizer:
             )
         settings = _read_json(path / "tokenizer_config.json")
         template_file = path / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+        template = (
+            template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+        )
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("tool_use") or named.get("default")

@@ -35,7 +35,15 @@ class RolloutConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the first setting that cannot work."""
-        positive = ("workers", "concurrency", "groups_per_update", "group_size", "max_turns", "max_tokens", "max_attempts")
+        positive = (
+            "workers",
+            "concurrency",
+            "groups_per_update",
+            "group_size",
+            "max_turns",
+            "max_tokens",
+            "max_attempts",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")

@@ -286,7 +286,6 @@ def joined(chunks: list[TokenChunk]) -> TokenChunk:
     )
 
 
-
 class RayEngineHandle:
     """An engine actor's handle with plain awaitable calls."""
 

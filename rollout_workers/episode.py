@@ -8,7 +8,7 @@ what follows is the new context. A template that rewrites history fails the epis
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -49,7 +49,7 @@ class Lease(Protocol):
 
 
 class EnvironmentProvider(Protocol):
-    async def lease(self, task: Task) -> Lease: ...
+    def lease(self, task: Task, seed: int = 0) -> Awaitable[Lease]: ...
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ class EpisodeEnvironment:
                     f"the worker of episode {self._context.episode_id} died after {len(self._history)} environment calls, "
                     f"and environment {self._context.task.environment!r} is not deterministic: it cannot be replayed"
                 )
-            self._lease = await self._context.environments.lease(self._context.task)
+            self._lease = await self._context.environments.lease(self._context.task, self._context.seed)
             for past_method, past_action, past_result in self._history:
                 if await self._invoke(self._lease, past_method, past_action) != past_result:
                     raise EpisodeError(

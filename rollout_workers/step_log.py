@@ -7,6 +7,7 @@ environment return; a loop that asks for something else than what is recorded st
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -22,7 +23,7 @@ STEP_KIND = "step"
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One completed step. ``call`` is `generate`, `delivered` or the name of an environment method."""
+    """One completed step. ``call`` is `generate` or the name of an environment method."""
 
     episode_id: str
     attempt: int
@@ -54,18 +55,49 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepLog:
-    """Append-only log of one worker's steps in ``directory``."""
+    """Append-only log of one worker's steps, in numbered segments below ``directory``.
 
-    def __init__(self, directory: Path) -> None:
-        self._journal = Journal(directory)
+    A segment is deleted when it is full and every episode that wrote to it has ended, so that the log holds what is in
+    flight and little more.
+    """
+
+    def __init__(self, directory: Path, segment_records: int = 4096) -> None:
+        self._directory = directory
+        self._segment_records = segment_records
+        self._number = 0
+        self._written = 0
+        self._journal = Journal(self._segment(0))
+        self._episodes: dict[int, set[str]] = {0: set()}
 
     def append(self, record: StepRecord) -> None:
         """Write one record; it survives the death of the process from here on."""
+        if self._written >= self._segment_records:
+            self._rotate()
         self._journal.append(STEP_KIND, encode(record))
         self._journal.flush()
+        self._written += 1
+        self._episodes[self._number].add(record.episode_id)
+
+    def ended(self, episode_id: str) -> None:
+        """The episode's result is safe elsewhere: its records are not needed any more."""
+        for number, episodes in list(self._episodes.items()):
+            episodes.discard(episode_id)
+            if not episodes and number != self._number:
+                del self._episodes[number]
+                shutil.rmtree(self._segment(number))
 
     def close(self) -> None:
         self._journal.close()
+
+    def _rotate(self) -> None:
+        self._journal.close()
+        self._number += 1
+        self._written = 0
+        self._journal = Journal(self._segment(self._number))
+        self._episodes[self._number] = set()
+
+    def _segment(self, number: int) -> Path:
+        return self._directory / f"{number:06d}"
 
 
 class RecordedSteps:
@@ -73,27 +105,23 @@ class RecordedSteps:
 
     def __init__(self) -> None:
         self._steps: dict[str, deque[StepRecord]] = defaultdict(deque)
-        self._delivered: set[str] = set()
 
     def read(self, directory: Path) -> None:
         """Add the log of a dead worker; a torn last record is ignored."""
-        for _, payload in JournalReader(directory).replay():
-            record = decode(payload, StepRecord)
-            if record.call == "delivered":
-                self._delivered.add(record.episode_id)
-                continue
-            steps = self._steps[record.episode_id]
-            if steps and steps[-1].attempt < record.attempt:
-                steps.clear()
-            steps.append(record)
-
-    def delivered(self, episode_id: str) -> bool:
-        """Whether the episode's result had reached the queue."""
-        return episode_id in self._delivered
+        for segment in sorted(path for path in directory.glob("*") if path.is_dir()):
+            for _, payload in JournalReader(segment).replay():
+                self._add(decode(payload, StepRecord))
 
     def take(self, episode_id: str) -> Replay:
         """The recorded steps of one episode, to be consumed once."""
         return Replay(self._steps.pop(episode_id, deque()))
+
+    def _add(self, record: StepRecord) -> None:
+        steps = self._steps[record.episode_id]
+        if steps and steps[-1].attempt < record.attempt:
+            steps.clear()
+        if not steps or steps[-1].attempt == record.attempt:
+            steps.append(record)
 
 
 class Replay:

@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from env_pool.coalesce import Coalescer
 from env_pool.errors import Fault
@@ -122,7 +122,7 @@ class RolloutWorker:
         for assignment in assignments:
             for member in assignment.members:
                 episode_id = episode_id_of(assignment.header.group_id, member)
-                if episode_id in self._tasks or self._recorded.delivered(episode_id):
+                if episode_id in self._tasks:
                     continue
                 task = asyncio.create_task(self._run_episode(assignment, member, episode_id))
                 self._tasks[episode_id] = task
@@ -143,9 +143,7 @@ class RolloutWorker:
             generating=self.engines.in_flight,
             in_reward=counts["in_reward"],
             delivering=counts["delivering"],
-            in_environment=max(
-                0, self._live - self.engines.in_flight - counts["in_reward"] - counts["delivering"]
-            ),
+            in_environment=max(0, self._live - self.engines.in_flight - counts["in_reward"] - counts["delivering"]),
             finished=counts["finished"],
             failed=counts["failed"],
             retried=counts["retried"],
@@ -295,11 +293,7 @@ class RolloutWorker:
         try:
             if assignment.purpose is Purpose.TRAIN:
                 await self._adder.call(entry)
-                self._record(
-                    StepRecord(
-                        episode_id=context.episode_id, attempt=context.attempt, trajectory_id="", call="delivered"
-                    )
-                )
+                self._step_log.ended(context.episode_id)
             else:
                 self._keep_evaluation(assignment, entry)
         finally:
@@ -333,14 +327,13 @@ class RolloutWorker:
             self._evaluation.append(TRAJECTORY_KIND, trajectory)
         self._evaluation.flush()
 
-    async def _give_up(
-        self, assignment: Assignment, episode_id: str, failure: EpisodeFailed, attempts: int
-    ) -> None:
+    async def _give_up(self, assignment: Assignment, episode_id: str, failure: EpisodeFailed, attempts: int) -> None:
         logger.error("episode %s given up after %d attempts: %s", episode_id, attempts, failure)
         self._counts["failed"] += 1
         header = assignment.header
         if assignment.purpose is Purpose.TRAIN:
             await self._ports.deliverer.fail([(header.group_id, episode_id, failure.reason)])
+            self._step_log.ended(episode_id)
         await self._reporter.call(
             EpisodeReport(
                 group_id=header.group_id,
@@ -373,5 +366,3 @@ def _user_error(loop: str, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
     return f"rollout loop {loop!r} raised {type(error).__name__}: {error} ({where})"
-
-

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -126,6 +127,10 @@ class EngineActor:
     async def first_token_at(self) -> float | None:
         """Wall-clock time of the first sampled token of this process, if there was one."""
         return self._first_token_at
+
+    async def node(self) -> str:
+        """Host name of the machine that this engine runs on."""
+        return socket.gethostname()
 
     async def alive(self) -> None:
         """Never returns while the engine is well; ends with the engine's error, or with the process."""

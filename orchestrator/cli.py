@@ -1,0 +1,189 @@
+"""The `millrace` command. Other packages add subcommands through the entry point group `millrace.commands`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from orchestrator.config import Config, ConfigError, load, to_yaml
+from orchestrator.run_directory import RunDirectory, RunDirectoryError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class MillraceGroup(click.Group):
+    """Finds subcommands of installed packages when they are asked for, so that `train` does not import `bench`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(point.name for point in _plugins())})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            return found
+        for point in _plugins():
+            if point.name == cmd_name:
+                command: click.Command = point.load()
+                return command
+        return None
+
+
+def _plugins() -> list[Any]:
+    return list(entry_points(group="millrace.commands"))
+
+
+@click.group(cls=MillraceGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="millrace")
+def main() -> None:
+    """Train long-horizon language-model agents with asynchronous reinforcement learning."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Configuration files come first; whatever holds '=' is an override."""
+    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+
+
+def _load(arguments: tuple[str, ...]) -> Config:
+    paths, overrides = _split(arguments)
+    return load(paths, overrides)
+
+
+def _guarded(command: F) -> F:
+    """Errors that are for a person end the command with their message and status 1, without a traceback."""
+    from functools import wraps
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        from learner.checkpoint_files import CheckpointError
+
+        from orchestrator.launch import LaunchError
+
+        try:
+            return command(*args, **kwargs)
+        except (ConfigError, RunDirectoryError, LaunchError, CheckpointError, FileNotFoundError) as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    return guarded  # type: ignore[return-value]
+
+
+def _started_at() -> float:
+    """When this process was started (Unix time), imports included."""
+    import psutil
+
+    return min(time.time(), psutil.Process().create_time())
+
+
+@main.command()
+@click.argument("config", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Check everything, write the resolved config, and stop.")
+@click.option("--print-config", is_flag=True, help="Print the resolved config and stop.")
+@_guarded
+def train(config: tuple[str, ...], dry_run: bool, print_config: bool) -> None:
+    """Train: CONFIG is one YAML file or more, then key.path=value overrides."""
+    from orchestrator import launch
+    from orchestrator.view import LiveView
+
+    settings = _load(config)
+    if print_config:
+        click.echo(to_yaml(settings, mask_secrets=True), nl=False)
+        return
+    launch.check(settings)
+    run = RunDirectory.create(settings.run.dir, to_yaml(settings), overwrite=settings.run.overwrite)
+    if dry_run:
+        click.echo(
+            f"the configuration is sound; it is in {run.config} and runs with: millrace train {run.config} run.overwrite=true"
+        )
+        return
+    console = Console()
+    model = launch.prepare_model(settings, run, console.print)
+    launch.check_model(model, settings.rollout.loop)
+    began_at = _started_at() if settings.model.path is not None else time.time()
+    summary = launch.run(settings, run, launch.Start(model), began_at, LiveView(console))
+    click.echo(launch.describe(summary))
+    click.echo(f"run directory: {run.path}")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1)
+@_guarded
+def resume(run: str, overrides: tuple[str, ...]) -> None:
+    """Continue RUN (a run directory) from its newest checkpoint."""
+    from orchestrator import launch, telemetry
+    from orchestrator.view import LiveView
+
+    directory = RunDirectory.open(run)
+    settings = load([str(directory.config)], [f"run.dir={directory.path}", *overrides])
+    launch.check(settings)
+    console = Console()
+    model = launch.prepare_model(settings, directory, console.print)
+    start = launch.find_start(settings, directory, model)
+    if start.version >= settings.run.steps:
+        raise launch.LaunchError(
+            f"{directory.path} is at step {start.version} of run.steps={settings.run.steps}: it is finished; give more steps "
+            f"(`millrace resume {run} run.steps={start.version * 2}`)"
+        )
+    telemetry.cut_metrics(directory, start.version)
+    where = "the beginning" if start.checkpoint is None else f"checkpoint {start.checkpoint.name}"
+    console.print(f"continuing from {where}")
+    summary = launch.run(settings, directory, start, _started_at(), LiveView(console))
+    click.echo(launch.describe(summary))
+
+
+@main.command("plan")
+@click.argument("config", nargs=-1)
+@_guarded
+def plan_command(config: tuple[str, ...]) -> None:
+    """Say what a run will need and where its lag will settle, before it is started."""
+    from orchestrator import plan
+
+    settings = _load(config)
+    Console().print(plan.render(plan.make_plan(settings)))
+
+
+@main.command("eval")
+@click.argument("run")
+@click.option("--step", type=int, default=None, help="Checkpoint to evaluate (default: the newest).")
+@click.option("--tasks", type=int, default=None, help="How many held-out tasks (default: as configured).")
+@_guarded
+def evaluate(run: str, step: int | None, tasks: int | None) -> None:
+    """Evaluate a checkpoint of RUN on held-out tasks."""
+    from orchestrator import launch
+    from orchestrator.evaluate import evaluate_checkpoint
+
+    directory = RunDirectory.open(run)
+    settings = load([str(directory.config)], [f"run.dir={directory.path}"])
+    if tasks is not None:
+        settings.tasks.held_out = tasks
+    launch.check(settings)
+    result = evaluate_checkpoint(settings, directory, step, Console())
+    click.echo(f"step {result['step']}: success {result['success']:.3f} on {result['tasks']} held-out tasks")
+    for name, part in result["by_difficulty"].items():
+        click.echo(f"  difficulty {name}: {part['success']:.3f} of {part['n']}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--episode", default=None, help="Show this episode, token by token.")
+@click.option("--group", default=None, help="List the episodes of this group.")
+@click.option("--last", type=int, default=20, show_default=True, help="How many episodes to list.")
+@_guarded
+def show(run: Path, episode: str | None, group: str | None, last: int) -> None:
+    """List the episodes of RUN, or show one in colour."""
+
+
+if __name__ == "__main__":
+    main()

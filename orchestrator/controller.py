@@ -1,0 +1,506 @@
+"""The controller: one actor that holds metadata only and makes a run out of the others.
+
+==================  ===================================  ====================================  =======================
+loop                consumes                             produces                              waits for
+==================  ===================================  ====================================  =======================
+``_queue_events``   ready, returned, closed groups       pacing slots, cancellations           the queue actor
+``publish``         a version that the learner holds     engines that serve it, slots          staging and commits
+``_pump``           pacing room, free workers            groups opened and assigned            nothing
+``episodes_ended``  reports of the workers               failure verdicts, evaluations         nothing
+``_watch_stall``    signs of progress                    an error that names what is missing   ``run.stall_timeout_s``
+==================  ===================================  ====================================  =======================
+
+Tokens, weights and KV never pass through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from env_pool.registry import TaskSource
+from experience.entries import EventKind, InFlight, QueueEvent
+from experience.records import GroupHeader
+from experience.staleness import make_policy
+from experience.wire import decode, encode
+from orchestrator.config import Config
+from orchestrator.dispatcher import Dispatcher
+from orchestrator.evaluation import Evaluation
+from orchestrator.failures import FailureMonitor
+from orchestrator.fleet import Fleet, FleetEvents
+from orchestrator.processes import Processes, engine_name, worker_name
+from orchestrator.progress import Progress
+from orchestrator.resources import Resources
+from orchestrator.run_directory import RunDirectory
+from orchestrator.supervisor import Role, Supervisor, first_line
+from orchestrator.telemetry import setup_actor_logging
+from rollout_workers.assignments import Assignment, EpisodeReport, Purpose
+
+logger = logging.getLogger(__name__)
+
+EVENTS_S = 5.0
+"""How long one call for queue events stays open."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the message is the first cause."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the driver hands to the controller."""
+
+    config: Config
+    run_directory: str
+    model_path: str
+    checkpoint: str | None
+    """Checkpoint to continue from; None: from the beginning."""
+    version: int
+    """Version of the weights in ``model_path`` or ``checkpoint``."""
+    resources: Resources
+    run_attempt: int
+    started_at: float
+    """Wall-clock time at which the command was started."""
+    secrets: list[str]
+    dispatched: int = 0
+    """Groups dispatched before the checkpoint; used when there is no journal to count them from."""
+
+
+class Controller:
+    """One run. `run` returns its summary or raises `RunFailed`; the other calls come from the run's actors."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        setup_actor_logging(plan.run_directory, "controller-0", plan.run_attempt * 1000, secrets=plan.secrets)
+        self._plan = plan
+        self._config = config = plan.config
+        self._run = RunDirectory(Path(plan.run_directory))
+        self._processes = Processes(
+            config, self._run, plan.resources, Path(plan.model_path), plan.run_attempt * 1000, plan.secrets
+        )
+        self._fatal: asyncio.Future[None] | None = None
+        self.progress = Progress(config, self._run, plan.version, plan.started_at)
+        self._supervisor = Supervisor(self.progress.event, self._fail, config.run.startup_timeout_s)
+        policy = make_policy(config.staleness, config.rollout.groups_per_update)
+        self._dispatcher = Dispatcher(
+            policy,
+            TaskSource.from_config(config.tasks, "train", config.seed).task,
+            config.rollout.group_size,
+            config.run.steps * config.rollout.groups_per_update,
+            config.seed,
+        )
+        self._failures = FailureMonitor()
+        self._fleet = Fleet(
+            config.weights,
+            plan.version,
+            self._transfer,
+            FleetEvents(self._expire, self._served, self._committed, self._engine_broken),
+        )
+        self._missing: dict[str, list[int]] = {}
+        self._evaluation: Evaluation | None = None
+        self._evaluated = asyncio.Event()
+        self._evaluated.set()
+        self._pump_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._began_training = False
+
+    # The course of a run
+
+    async def run(self, controller: Any) -> dict[str, Any]:
+        """Start everything, train, evaluate, stop. ``controller`` is this actor's own handle, for the others."""
+        self._controller = controller
+        self._fatal = asyncio.get_running_loop().create_future()
+        work = asyncio.create_task(self._course())
+        try:
+            await asyncio.wait({work, self._fatal}, return_when=asyncio.FIRST_COMPLETED)
+            if self._fatal.done():
+                self._fatal.result()
+            await work
+            return await self._finish("finished", None)
+        except Exception as error:
+            cause = str(error) if isinstance(error, RunFailed) else first_line(error)
+            logger.exception("the run failed")
+            await self._finish("failed", cause)
+            raise RunFailed(cause) from None
+        finally:
+            work.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await self._supervisor.stop()
+            self.progress.close()
+
+    async def snapshot(self) -> dict[str, Any]:
+        """What the terminal view shows (a `Snapshot` as a dictionary)."""
+        return self.progress.snapshot(self._supervisor, self._fleet, self._dispatcher)
+
+    async def interrupt(self) -> None:
+        """Ctrl-C: end the run, keep what can be resumed."""
+        self._fail("interrupted; `millrace resume` continues from the last checkpoint")
+
+    async def _course(self) -> None:
+        self.progress.phase("starting")
+        await self._start_actors()
+        self._keep(self._queue_events())
+        self._keep(self._watch_stall())
+        self._keep(self.progress.watch(self._supervisor))
+        await self._committed(self._plan.version)
+        self.progress.phase("training")
+        self._began_training = True
+        await self._pump()
+        nodes = [await handle.node.remote() for handle in self._supervisor.handles("engine")]
+        learner, queue = self._one("learner"), self._one("queue")
+        await learner.run.remote(queue, self._controller, nodes)
+        self.progress.phase("evaluating")
+        await self._evaluated.wait()
+
+    async def _start_actors(self) -> None:
+        config, supervisor = self._config, self._supervisor
+        counts = [
+            (self._role("learner", self._learner_ready, replace=False), config.learner.ranks),
+            (self._role("engine", self._engine_ready, self._engine_lost), config.engines.replicas),
+            (self._role("queue", self._queue_ready, replace=False), 1),
+            (self._role("environment", self._environment_ready), config.environments.actors),
+            (self._role("reward", self._reward_ready), 1),
+            (self._role("worker", self._worker_ready, self._worker_lost), config.rollout.workers),
+        ]
+        for role, count in counts:
+            supervisor.spawn(role, count)
+        await asyncio.gather(*(supervisor.start(role, count) for role, count in counts))
+
+    def _role(self, name: str, ready: Any, lost: Any = None, replace: bool = True) -> Role:
+        async def nothing(index: int, attempt: int, cause: BaseException) -> None:
+            del index, attempt, cause
+
+        return Role(name, getattr(self._processes, name), ready, lost or nothing, replace)
+
+    async def _finish(self, status: str, error: str | None) -> dict[str, Any]:
+        ledger: dict[str, Any] = {}
+        if "queue-0" in self._supervisor.actors:
+            try:
+                async with asyncio.timeout(10):
+                    ledger = await self._one("queue").ledger.remote()
+            except Exception:
+                logger.exception("the queue did not give its ledger")
+        first = await self._first_token_at()
+        return self.progress.finish(status, error, ledger, first, self._supervisor.replaced)
+
+    async def _first_token_at(self) -> float | None:
+        times = []
+        for handle in self._supervisor.handles("engine"):
+            try:
+                async with asyncio.timeout(5):
+                    times.append(await handle.first_token_at.remote())
+            except Exception as error:  # noqa: BLE001 - an engine that is gone has no first token to tell
+                logger.info("an engine did not answer: %s", first_line(error))
+        return min((at for at in times if at is not None), default=None)
+
+    def _fail(self, cause: str) -> None:
+        """End the run; the first cause wins."""
+        if self._fatal is not None and not self._fatal.done():
+            self._fatal.set_exception(RunFailed(cause))
+
+    def _keep(self, coroutine: Any) -> None:
+        """Run a loop beside the rest; its error ends the run."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not done.cancelled() and (error := done.exception()) is not None:
+                self._fail(first_line(error))
+
+        task.add_done_callback(ended)
+
+    def _one(self, role: str) -> Any:
+        return self._supervisor.actors[f"{role}-0"].handle
+
+    # Actors coming and going
+
+    async def _queue_ready(self, index: int, attempt: int, handle: Any) -> None:
+        del index, attempt
+        resuming = self._plan.checkpoint is not None
+        in_flight = decode(await handle.begin.remote(self._plan.version - 1 if resuming else None), list[InFlight])
+        if not resuming:
+            return
+        counts = await handle.ledger.remote()
+        dispatched = counts["next_index"]
+        returned = sum(counts["groups"]["dropped"].values())
+        if not self._config.queue.journal:
+            dispatched = self._plan.dispatched
+            returned = dispatched - self._plan.version * self._config.rollout.groups_per_update
+        self._missing = {group.header.group_id: members_of(group) for group in in_flight}
+        self._dispatcher.restore(dispatched, returned, self._plan.version, [group.header for group in in_flight])
+
+    async def _learner_ready(self, index: int, attempt: int, handle: Any) -> None:
+        del index, attempt
+        version = await handle.load.remote(self._plan.checkpoint)
+        if version != self._plan.version:
+            raise RunFailed(f"the learner loaded version {version}, the run expected {self._plan.version}")
+
+    async def _engine_ready(self, index: int, attempt: int, handle: Any) -> None:
+        name = engine_name(index, attempt)
+        plan = self._plan
+        path = plan.checkpoint or plan.model_path
+        await handle.load.remote(path, self._config.model.dtype, plan.resources.engine_threads, plan.version)
+        await self._fleet.join(name, handle, plan.version)
+        evaluation = self._evaluation
+        if evaluation is not None and evaluation.version == self._fleet.membership.current_version:
+            await handle.pin.remote(evaluation.version)
+        for worker in self._serving("worker"):
+            await worker.add_engine.remote(name, handle)
+
+    async def _engine_lost(self, index: int, attempt: int, cause: BaseException) -> None:
+        del cause
+        name = engine_name(index, attempt)
+        self._fleet.lost(name)
+        for worker in self._serving("worker"):
+            await worker.remove_engine.remote(name)
+
+    async def _environment_ready(self, index: int, attempt: int, handle: Any) -> None:
+        await handle.health.remote()
+        if attempt:
+            for worker in self._serving("worker"):
+                await worker.replace_environment.remote(index, handle)
+
+    async def _reward_ready(self, index: int, attempt: int, handle: Any) -> None:
+        await handle.health.remote()
+        if attempt:
+            for worker in self._serving("worker"):
+                await worker.replace_reward.remote(index, handle)
+
+    async def _worker_ready(self, index: int, attempt: int, handle: Any) -> None:
+        supervisor = self._supervisor
+        await handle.connect.remote(
+            self._one("queue"), self._controller, supervisor.handles("environment"), supervisor.handles("reward")
+        )
+        for actor in supervisor.actors.values():
+            if actor.role.name == "engine" and actor.state == "serving":
+                await handle.add_engine.remote(engine_name(actor.index, actor.attempt), actor.handle)
+        if attempt or self._plan.checkpoint is not None:
+            alive = {
+                self._processes.step_log_directory(actor.index, actor.attempt)
+                for actor in supervisor.actors.values()
+                if actor.role.name == "worker"
+            }
+            await handle.recover.remote(self._processes.past_step_logs(alive))
+        self._dispatcher.worker_joined(worker_name(index, attempt))
+        if attempt:
+            await self._take_up()
+
+    async def _worker_lost(self, index: int, attempt: int, cause: BaseException) -> None:
+        del cause
+        name = worker_name(index, attempt)
+        self._dispatcher.worker_lost(name)
+        if self._evaluation is not None:
+            self._evaluation.worker_lost(name)
+        in_flight = decode(await self._one("queue").in_flight.remote(), list[InFlight])
+        self._missing.update({group.header.group_id: members_of(group) for group in in_flight})
+
+    def _serving(self, role: str) -> list[Any]:
+        actors = self._supervisor.actors.values()
+        return [actor.handle for actor in actors if actor.role.name == role and actor.state == "serving"]
+
+    def _worker_handle(self, name: str) -> Any:
+        for actor in self._supervisor.actors.values():
+            if actor.role.name == "worker" and worker_name(actor.index, actor.attempt) == name:
+                return actor.handle
+        return None
+
+    def _engine_broken(self, name: str, reason: str) -> None:
+        """An engine that does not take weights: end its process; the supervisor replaces it."""
+        for actor in self._supervisor.actors.values():
+            if actor.role.name == "engine" and engine_name(actor.index, actor.attempt) == name:
+                self.progress.event(f"{name} did not take the weights ({reason})")
+                actor.handle.stop.remote()
+
+    # Dispatch
+
+    async def _pump(self) -> None:
+        """Start what pacing allows, and give orphaned groups to workers."""
+        async with self._pump_lock:
+            if not self._began_training or (self._config.mode == "sync" and not self._evaluated.is_set()):
+                return
+            orphans = self._dispatcher.adopt()
+            started = self._dispatcher.due()
+            if started:
+                await self._one("queue").open.remote(encode([header for _, header in started]))
+            await self._assign(orphans + started)
+
+    async def _take_up(self) -> None:
+        """A worker is back: what the lost one left behind goes on."""
+        await self._pump()
+        if self._evaluation is not None:
+            await self._assign_evaluation(self._evaluation)
+
+    async def _assign(self, groups: list[tuple[str, GroupHeader]]) -> None:
+        by_worker: dict[str, list[Assignment]] = {}
+        for worker, header in groups:
+            members = self._missing.pop(header.group_id, list(range(header.size)))
+            by_worker.setdefault(worker, []).append(Assignment(header=header, members=members))
+        await self._send(by_worker)
+
+    async def _send(self, by_worker: dict[str, list[Assignment]]) -> None:
+        for worker, assignments in by_worker.items():
+            handle = self._worker_handle(worker)
+            if handle is None:
+                continue
+            try:
+                await handle.run.remote(encode(assignments))
+            except Exception as error:  # noqa: BLE001 - a worker that died: the supervisor hands its groups on
+                logger.warning("%s did not take its assignments: %s", worker, first_line(error))
+
+    async def _queue_events(self) -> None:
+        queue = self._one("queue")
+        while True:
+            events = decode(await queue.events.remote(EVENTS_S), list[QueueEvent])
+            cancelled: list[str] = []
+            for event in events:
+                if event.kind is EventKind.RETURNED:
+                    self._dispatcher.returned(event.group_id)
+                    self.progress.dropped(event.reason)
+                    cancelled += [event.group_id] if event.episodes else []
+                elif event.kind in (EventKind.READY, EventKind.CLOSED):
+                    self._dispatcher.finished(event.group_id)
+                    cancelled += [event.group_id] if event.episodes else []
+            if cancelled:
+                for worker in self._serving("worker"):
+                    await worker.cancel.remote(cancelled)
+            if events:
+                self.progress.touch()
+                await self._pump()
+
+    # Calls from the workers
+
+    async def episodes_ended(self, reports: bytes) -> None:
+        """Reports of finished and failed episodes."""
+        for report in decode(reports, list[EpisodeReport]):
+            self.progress.episode(report)
+            if report.reason is not None:
+                self._failures.episode_failed(report.reason, report.cause or report.reason)
+            else:
+                self._failures.episode_ended()
+            if report.purpose is Purpose.EVALUATE and self._evaluation is not None:
+                self._evaluation.report(report)
+        verdict = self._failures.verdict()
+        if verdict is not None:
+            self._fail(verdict)
+        if self._evaluation is not None and self._evaluation.complete:
+            await self._evaluation_complete(self._evaluation)
+
+    # Calls from the learner, and the road of the weights
+
+    async def publish(self, version: int) -> None:
+        """The learner holds ``version``: bring it to the engines. Returns when they serve it."""
+        await self._fleet.publish(version)
+
+    async def step_done(self, version: int, metrics: dict[str, float]) -> None:
+        """A step is trained; ``metrics`` are the learner's."""
+        ledger = await self._one("queue").ledger.remote()
+        self.progress.step(version, metrics, ledger, self._dispatcher)
+
+    async def checkpoint_extra(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the learner's state."""
+        return {"dispatched": self._dispatcher.dispatched, "seed": self._config.seed, "mode": self._config.mode}
+
+    async def _transfer(self, version: int, members: list[tuple[str, Any]]) -> list[str]:
+        """Move the learner's prepared version to ``members``; returns who has it."""
+        if not members:
+            return []
+        learner = self._one("learner")
+        limit = self._config.weights.timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                offer = await learner.offer.remote(version, [name for name, _ in members])
+                calls = [learner.send.remote(), *(handle.stage.remote(offer) for _, handle in members)]
+                results = await asyncio.gather(*(resolve(call) for call in calls), return_exceptions=True)
+        except TimeoutError:
+            logger.error("version %d: no transfer to %s within %s s", version, [n for n, _ in members], limit)
+            return []
+        for result in results:
+            if isinstance(result, BaseException):
+                logger.error("version %d: transfer: %s", version, first_line(result))
+        return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
+
+    async def _expire(self, version: int) -> None:
+        await self._one("queue").expire.remote(version)
+
+    async def _served(self, oldest: int) -> None:
+        self._dispatcher.version_served(oldest)
+        await self._pump()
+
+    async def _committed(self, version: int) -> None:
+        """All engines serve ``version`` and nothing newer is on its way: the moment to pin it for an evaluation."""
+        every, last = self._config.run.eval_every, self._config.run.steps
+        wanted = version in (0, last) or (every > 0 and version % every == 0)
+        if not wanted or self._config.tasks.held_out == 0 or self._run.evaluation_file(version).exists():
+            return
+        if version == last:
+            await self._evaluated.wait()
+        elif not self._evaluated.is_set():
+            self.progress.event(f"evaluation at step {version} left out: the one before is still running")
+            return
+        await self._begin_evaluation(version)
+
+    # Evaluation
+
+    async def _begin_evaluation(self, version: int) -> None:
+        source = TaskSource.from_config(self._config.tasks, "held_out", self._config.seed)
+        tasks = [source.task(index) for index in range(self._config.tasks.held_out)]
+        self._evaluated.clear()
+        for handle in self._serving("engine"):
+            await handle.pin.remote(version)
+        self._evaluation = Evaluation(version, version, tasks, self._config.seed)
+        await self._assign_evaluation(self._evaluation)
+
+    async def _assign_evaluation(self, evaluation: Evaluation) -> None:
+        names = [
+            worker_name(actor.index, actor.attempt)
+            for actor in self._supervisor.actors.values()
+            if actor.role.name == "worker" and actor.state in ("serving", "starting")
+        ]
+        await self._send(evaluation.assign(names))
+
+    async def _evaluation_complete(self, evaluation: Evaluation) -> None:
+        if self._evaluation is not evaluation:
+            return
+        self._evaluation = None
+        result = evaluation.result()
+        self._run.write_evaluation(evaluation.step, result)
+        self.progress.evaluation(result)
+        for handle in self._serving("engine"):
+            await handle.unpin.remote(evaluation.version)
+        self._evaluated.set()
+        await self._pump()
+
+    # Stalls
+
+    async def _watch_stall(self) -> None:
+        limit = self._config.run.stall_timeout_s
+        while True:
+            idle = time.monotonic() - self.progress.touched_at
+            if idle >= limit:
+                raise RunFailed(await self._describe_stall(idle))
+            await asyncio.sleep(max(0.05, limit - idle))
+
+    async def _describe_stall(self, idle: float) -> str:
+        stats = await self._one("queue").stats.remote()
+        learner = await self._one("learner").stats.remote()
+        waiting = ", ".join(self._dispatcher.oldest_in_flight(3)) or "no group"
+        return (
+            f"nothing finished for {idle:.0f} s (run.stall_timeout_s={self._config.run.stall_timeout_s:g}): "
+            f"{self._dispatcher.in_flight} groups in flight (oldest: {waiting}), {stats['ready']} ready in the queue, the "
+            f"learner is {learner['phase']}"
+        )
+
+
+async def resolve(reference: Any) -> Any:
+    """An object reference as a coroutine (asyncio.gather takes only awaitables of its own kind)."""
+    return await reference
+
+
+def members_of(group: InFlight) -> list[int]:
+    """Indices of the episodes that are missing."""
+    return [int(episode_id.rpartition("/")[2]) for episode_id in group.missing]

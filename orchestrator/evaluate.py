@@ -1,0 +1,33 @@
+"""Evaluating a checkpoint after the fact: a run of no steps in a directory of its own below the run's."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator import launch
+from orchestrator.config import Config, to_yaml
+from orchestrator.run_directory import RunDirectory
+from orchestrator.view import LiveView
+
+
+def evaluate_checkpoint(config: Config, directory: RunDirectory, step: int | None, console: Console) -> dict[str, Any]:
+    """The evaluation's result (see `orchestrator.evaluation.Evaluation.result`). Raises LaunchError, CheckpointError."""
+    from learner.checkpoint_files import checkpoint_at, latest_checkpoint, read_state
+
+    found = latest_checkpoint(directory.checkpoints) if step is None else checkpoint_at(directory.checkpoints, step)
+    if found is None:
+        raise launch.LaunchError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
+    version = int(read_state(found)["version"])
+    own = copy.deepcopy(config)
+    own.run.dir = str(directory.path / f"eval-{found.name}")
+    own.run.steps = version
+    own.run.checkpoint_every = 0
+    own.queue.journal = False
+    run = RunDirectory.create(own.run.dir, to_yaml(own), overwrite=True)
+    start = launch.Start(found, found, version, version * own.rollout.groups_per_update)
+    launch.run(own, run, start, time.time(), LiveView(console))
+    return run.read_json(run.evaluation_file(version))

@@ -1,0 +1,222 @@
+"""From a configuration to a running controller: checks, run directory, model, Ray, the view."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets as secret_numbers
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from env_pool.registry import TaskSource, load_environment, load_object
+from orchestrator.config import Config, ConfigError, secret_values, validate
+from orchestrator.run_directory import RunDirectory
+from orchestrator.snapshot import Snapshot
+from orchestrator.view import LiveView
+from rollout_workers.chat import ChatTokenizer
+from rollout_workers.loops import BUNDLED, load_loop
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+class LaunchError(Exception):
+    """A run that cannot start, or ended; the message is for a person."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: from a model directory at version 0, or from a checkpoint."""
+
+    model_path: Path
+    checkpoint: Path | None = None
+    version: int = 0
+    dispatched: int = 0
+
+
+def check(config: Config) -> None:
+    """All that can be found wrong before anything starts. Raises ConfigError."""
+    validate(config)
+    try:
+        load_loop(config.rollout.loop)
+        load_environment(config.tasks.environment)
+        TaskSource.from_config(config.tasks, "train", config.seed).task(0)
+        for reward in config.rewards:
+            if reward.kind != "rule":
+                load_object(reward.kind, "rewards")
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    if config.weights.every != 1:
+        raise ConfigError(f"weights.every={config.weights.every} is not built yet: leave it 1")
+    if config.model.path is not None:
+        check_model(Path(config.model.path), config.rollout.loop)
+
+
+def check_model(path: Path, loop: str) -> None:
+    """Whether a directory holds what a run needs of a model. Raises ConfigError."""
+    if not path.is_dir():
+        raise ConfigError(f"model.path: {path} is not a directory; give the directory of a Hugging Face causal LM")
+    if not (path / "config.json").exists():
+        raise ConfigError(f"model.path: {path} has no config.json; give the directory of a Hugging Face causal LM")
+    try:
+        tokenizer = ChatTokenizer.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+    if loop in BUNDLED and not tokenizer.has_template:
+        raise ConfigError(
+            f"model.path: the tokenizer in {path} has no chat template, and rollout.loop={loop} exchanges chat messages; add a "
+            "chat_template.jinja to that directory, or use a loop of your own that calls episode.observe_text"
+        )
+
+
+def prepare_model(config: Config, run: RunDirectory, say: Say) -> Path:
+    """The model directory of the run: the one configured, or one that the recipe makes (in a process of its own)."""
+    if config.model.path is not None:
+        return Path(config.model.path).resolve()
+    recipe = config.model.recipe
+    assert recipe is not None, "validated: a path or a recipe"
+    if (run.model / "config.json").exists():
+        return run.model
+    say(f"making the model by recipe {recipe} (seed {config.seed})")
+    began_at = time.monotonic()
+    command = [sys.executable, "-m", "orchestrator.recipes", recipe, str(run.model), str(config.seed)]
+    threads = str(os.cpu_count() or 1)
+    finished = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False
+    )
+    if finished.returncode != 0:
+        tail = "\n".join(finished.stderr.strip().splitlines()[-5:])
+        raise LaunchError(f"recipe {recipe} failed:\n{tail}")
+    say(f"model ready after {time.monotonic() - began_at:.0f} s: {run.model}")
+    return run.model
+
+
+def start_ray(config: Config) -> str | None:
+    """Start a local cluster or join one. Returns the temporary directory of a local one."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if path)
+    import ray
+
+    cluster = config.cluster
+    if cluster.address != "local":
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        return None
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secret_numbers.token_hex(16))
+    directory = tempfile.mkdtemp(prefix="millrace-")
+    ray.init(
+        address="local",
+        num_cpus=cluster.num_cpus or 16,
+        object_store_memory=cluster.object_store_mb << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=directory,
+    )
+    return directory
+
+
+def run(config: Config, directory: RunDirectory, start: Start, started_at: float, view: LiveView) -> dict[str, Any]:
+    """Run to the end, showing it. Returns the summary; raises LaunchError with the first cause."""
+    temporary = start_ray(config)
+    import ray
+
+    from orchestrator.controller import Controller, RunPlan
+    from orchestrator.resources import share_resources
+
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        plan = RunPlan(
+            config=config,
+            run_directory=str(directory.path),
+            model_path=str(start.model_path),
+            checkpoint=None if start.checkpoint is None else str(start.checkpoint),
+            version=start.version,
+            resources=share_resources(config, os.cpu_count() or 1, gpus),
+            run_attempt=directory.start_attempt(" ".join(sys.argv[1:]) or "train", started_at),
+            started_at=started_at,
+            secrets=list(secret_values(config).values()),
+            dispatched=start.dispatched,
+        )
+        controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(plan)
+        result = controller.run.remote(controller)
+        return _follow(controller, result, config.run.view_every_s, view)
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dict[str, Any]:
+    """Show snapshots until the run ends. The first Ctrl-C ends it in good order, the second at once."""
+    import ray
+
+    def interrupted(*_: object) -> None:
+        controller.interrupt.remote()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with view:
+            while True:
+                done, _ = ray.wait([result], timeout=every_s)
+                if done:
+                    break
+                try:
+                    snapshot = ray.get(controller.snapshot.remote(), timeout=10)
+                except ray.exceptions.RayError as error:
+                    logger.debug("no snapshot: %s", error)
+                    continue
+                view.update(Snapshot.from_dict(snapshot), time.monotonic())
+            summary: dict[str, Any] = ray.get(result)
+            return summary
+    except ray.exceptions.RayTaskError as error:
+        raise LaunchError(str(getattr(error, "cause", None) or error)) from None
+    except ray.exceptions.RayError as error:
+        raise LaunchError(
+            f"the controller died ({error}); `millrace resume` continues from the last checkpoint"
+        ) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def find_start(config: Config, directory: RunDirectory, model_path: Path) -> Start:
+    """Where a resumed run goes on: its newest checkpoint, or the beginning. Raises CheckpointError if that is damaged."""
+    from learner.checkpoint_files import latest_checkpoint, read_state
+
+    newest = latest_checkpoint(directory.checkpoints)
+    if newest is None:
+        return Start(model_path)
+    state = read_state(newest)
+    return Start(model_path, newest, int(state["version"]), int(state["extra"].get("dispatched", 0)))
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The end of a run in a few lines."""
+    before, after = summary.get("success_before"), summary.get("success_after")
+    lines = [f"{summary['status']}: {summary['steps']} steps in {summary['wall_s']:.0f} s"]
+    if before is not None and after is not None:
+        lines.append(
+            f"success on {summary['eval_tasks']} held-out tasks: {before:.3f} before, {after:.3f} after ({after - before:+.3f})"
+        )
+    lines.append(
+        f"lag: mean {summary['lag_mean']:.2f}, max {summary['lag_max']} (bound {summary['max_lag']}); "
+        f"first token after {summary['startup_s']} s"
+    )
+    lines.append(f"groups: {json.dumps(summary['ledger'])}")
+    lines.append(f"tokens: {json.dumps(summary['tokens'])}")
+    return "\n".join(lines)

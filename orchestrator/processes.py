@@ -1,0 +1,158 @@
+"""The Ray actors of a run: which class runs in each, with which logging and resources.
+
+The classes live beside what they carry (`rollout_workers.actor`, `learner.actor`, ...) and are plain; here they become
+actors. A subclass made inside the actor's own process adds logging, so that no process imports another one's libraries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.config import Config
+from orchestrator.resources import Resources
+from orchestrator.run_directory import RunDirectory
+
+MAX_CALLS = 1000
+"""Calls that one actor may have open at once (waiting ones included)."""
+
+
+@dataclass
+class Processes:
+    """Makes the actors of one run. ``attempt_base`` numbers the logs of a resumed run on from where they were."""
+
+    config: Config
+    run: RunDirectory
+    resources: Resources
+    model_path: Path
+    attempt_base: int
+    secrets: list[str] = field(default_factory=list)
+
+    def queue(self, index: int, attempt: int) -> Any:
+        from orchestrator.queue_actor import QueueActor
+
+        config = self.config
+        journal = self.run.journal if config.queue.journal else None
+        return self._actor(
+            QueueActor,
+            "queue",
+            index,
+            attempt,
+            0,
+            config.queue,
+            config.staleness,
+            config.rollout.groups_per_update,
+            journal,
+        )
+
+    def environment(self, index: int, attempt: int) -> Any:
+        from env_pool.actor import EnvironmentActor
+
+        return self._actor(EnvironmentActor, "environment", index, attempt, 0, self.config.environments, index)
+
+    def reward(self, index: int, attempt: int) -> Any:
+        from env_pool.rewards.actor import RewardActor
+
+        return self._actor(RewardActor, "reward", index, attempt, 0, list(self.config.rewards))
+
+    def engine(self, index: int, attempt: int) -> Any:
+        from rollout_workers.engines.actor import EngineActor
+
+        gpus = self.resources.engine_gpus
+        return self._actor(
+            EngineActor, "engine", index, attempt, gpus, engine_name(index, attempt), self.config.engines
+        )
+
+    def worker(self, index: int, attempt: int) -> Any:
+        from rollout_workers.actor import RolloutWorkerActor, WorkerSettings
+
+        config = self.config
+        settings = WorkerSettings(
+            rollout=config.rollout,
+            environments=config.environments,
+            rewards=list(config.rewards),
+            model_path=self.model_path,
+            step_log_directory=self.step_log_directory(index, attempt),
+            evaluation_directory=self.run.evaluations,
+            concurrency=math.ceil(config.rollout.concurrency / config.rollout.workers),
+            lock_step=config.run.deterministic,
+            seed=config.seed,
+        )
+        return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
+
+    def learner(self, index: int, attempt: int) -> Any:
+        from learner.actor import LearnerActor, LearnerSettings
+
+        config = self.config
+        settings = LearnerSettings(
+            learner=config.learner,
+            model=config.model,
+            weights=config.weights,
+            model_path=self.model_path,
+            checkpoint_directory=self.run.checkpoints,
+            threads=self.resources.learner_threads,
+            max_lag=config.staleness.max_lag,
+            groups_per_update=config.rollout.groups_per_update,
+            steps=config.run.steps,
+            checkpoint_every=config.run.checkpoint_every,
+            keep_checkpoints=config.run.keep_checkpoints,
+            deterministic=config.run.deterministic,
+            seed=config.seed,
+        )
+        return self._actor(
+            LearnerActor, "learner", index, attempt, self.resources.learner_gpus, f"learner-{index}.{attempt}", settings
+        )
+
+    def step_log_directory(self, index: int, attempt: int) -> Path:
+        """Where one life of one worker keeps its durable steps."""
+        return self.run.episodes / f"worker-{index}-{self.attempt_base + attempt}"
+
+    def past_step_logs(self, alive: set[Path]) -> list[str]:
+        """Step logs of workers that are gone."""
+        return [str(path) for path in sorted(self.run.episodes.glob("worker-*")) if path not in alive]
+
+    def _actor(self, kind: type, role: str, index: int, attempt: int, gpus: float, *arguments: Any) -> Any:
+        remote = ray.remote(logged(kind))
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}
+        logging_arguments = (str(self.run.path), f"{role}-{index}", self.attempt_base + attempt, self.secrets)
+        return remote.options(**options).remote(logging_arguments, *arguments)
+
+
+class Lifecycle:
+    """What the supervisor asks of every actor, for classes that need nothing special."""
+
+    async def alive(self) -> None:
+        """Ends with the process only."""
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
+
+
+def logged(kind: type) -> type:
+    """The class with logging set up before its constructor runs, and with a `Lifecycle`."""
+
+    class Logged(kind, Lifecycle):  # type: ignore[misc]
+        def __init__(self, logging_arguments: tuple[str, str, int, list[str]], *arguments: Any) -> None:
+            from orchestrator.telemetry import setup_actor_logging
+
+            directory, name, attempt, secrets = logging_arguments
+            setup_actor_logging(directory, name, attempt, secrets=secrets)
+            super().__init__(*arguments)
+
+    Logged.__name__ = Logged.__qualname__ = kind.__name__
+    return Logged
+
+
+def engine_name(index: int, attempt: int) -> str:
+    """Engines are known by index and life, so that nobody takes a rebuilt one for the one that died."""
+    return f"engine-{index}.{attempt}"
+
+
+def worker_name(index: int, attempt: int) -> str:
+    return f"worker-{index}.{attempt}"
