@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from learner.muon import Muon
+
 
 class Demonstration(NamedTuple):
     """One conversation as tokens; ``trained`` marks those that carry loss (the model's own)."""
@@ -20,10 +22,13 @@ class Demonstration(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUpSettings:
-    """AdamW with a linear rise over ``rise_steps`` and a linear fall to ``final_share`` of ``lr`` at the last step."""
+    """Muon for the matrices inside the layers, AdamW for the rest; both rates rise linearly over ``rise_steps`` and
+    fall linearly to ``final_share`` of themselves at the last step.
+    """
 
     steps: int = 400
     batch_size: int = 32
+    matrix_lr: float = 0.02
     lr: float = 4e-3
     rise_steps: int = 20
     final_share: float = 0.1
@@ -31,12 +36,12 @@ class WarmUpSettings:
     clip_grad: float = 1.0
     seed: int = 0
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step ``step`` (from 0)."""
+    def share_at(self, step: int) -> float:
+        """The share of the full learning rates in step ``step`` (from 0)."""
         if step < self.rise_steps:
-            return self.lr * (step + 1) / self.rise_steps
+            return (step + 1) / self.rise_steps
         passed = (step - self.rise_steps) / max(1, self.steps - 1 - self.rise_steps)
-        return self.lr * (1 - (1 - self.final_share) * passed)
+        return 1 - (1 - self.final_share) * passed
 
 
 Progress = Callable[[int, int, float], None]
@@ -56,7 +61,7 @@ def warm_up(
     """
     if not any(any(demonstration.trained[1:]) for demonstration in demonstrations):
         raise ValueError("warm-up needs demonstrations with at least one trained token each, got none")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+    optimizers = _make_optimizers(model, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
     losses: list[float] = []
@@ -69,17 +74,31 @@ def warm_up(
         loss = _loss(model, batch)
         if not math.isfinite(value := float(loss.detach())):
             raise FloatingPointError(f"warm-up step {step}: the loss is {value}; lower the learning rate {settings.lr}")
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-        optimizer.step()
+        for optimizer, full_lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = full_lr * settings.share_at(step)
+            optimizer.step()
         losses.append(value)
         if progress is not None:
             progress(step + 1, settings.steps, value)
     model.eval()
     return losses
+
+
+def _make_optimizers(model: Any, settings: WarmUpSettings) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The two optimizers, each with its full learning rate."""
+    outer = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    outer |= {id(weight) for weight in model.get_output_embeddings().parameters()}
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in weights if weight.ndim == 2 and id(weight) not in outer]
+    inside = {id(weight) for weight in matrices}
+    rest = [weight for weight in weights if id(weight) not in inside]
+    made: list[tuple[torch.optim.Optimizer, float]] = [(Muon(matrices, settings.matrix_lr), settings.matrix_lr)]
+    made.append((torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=0.0), settings.lr))
+    return made
 
 
 def _loss(model: Any, batch: Sequence[Demonstration]) -> torch.Tensor:

@@ -85,9 +85,9 @@ def clumsy_chain(kind: Kind, facts: Facts, slips: Set[Slip]) -> list[str]:
         if kind.refund and Slip.NO_REFUND not in slips:
             chain.append(f"refund {number}")
         if kind.note and Slip.NO_NOTE not in slips:
-            chain.append(f"note {number} {facts.note}")
+            chain.append(f"note {facts.note} {number}")
     elif kind.otherwise and Slip.NO_ELSE not in slips:
-        chain.append(f"note {number} {facts.other_note}")
+        chain.append(f"note {facts.note} {number}")
     if kind.say == "stock" and reports:
         chain.append(f"check_stock {facts.item}")
     return [*chain, f"done {answer(kind, facts) if reports or not kind.say else 'ok'}"]

@@ -101,12 +101,12 @@ class ShopEnvironment(ToolEnvironment):
             raise AgentFault(f"there is no order {order}")
         return "ok"
 
-    def note(self, order: int, text: str) -> str:
+    def note(self, text: str, order: int) -> str:
         """Write a note to an order.
 
         Args:
-            order: number of the order.
             text: the note.
+            order: number of the order.
         """
         if not self._database.note(order, text.strip()):
             raise AgentFault(f"there is no order {order}")

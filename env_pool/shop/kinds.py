@@ -1,7 +1,8 @@
 """The kinds of request a customer makes, and the tool chain that serves each.
 
 A kind is a composition: who or what it is about (`target`), an optional condition, what to do when it holds (`refund`,
-`note`), what to note otherwise, and what to report (`say`). Its depth is the number of tool calls on its longest path.
+`note`) or does not (`otherwise`: the note), and what to report (`say`). Its depth is the number of tool calls on its
+longest path.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Kind:
     refund: bool = False
     note: bool = False
     otherwise: bool = False
-    """Write another note when the condition does not hold."""
+    """Write the note when the condition does not hold, instead of the refund."""
     say: Report | None = None
 
     @property
@@ -68,24 +69,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="customer_late_stock", target="customer", condition="late", refund=True, otherwise=True, say="stock"),
     Kind(name="order_late_note_stock", target="order", condition="late", refund=True, note=True, say="stock"),
     Kind(name="customer_gone_note", target="customer", condition="gone", refund=True, note=True, say="item"),
-    Kind(
-        name="customer_gone_note_else",
-        target="customer",
-        condition="gone",
-        refund=True,
-        note=True,
-        otherwise=True,
-        say="status",
-    ),
-    Kind(
-        name="customer_late_note_stock",
-        target="customer",
-        condition="late",
-        refund=True,
-        note=True,
-        otherwise=True,
-        say="stock",
-    ),
+    Kind(name="customer_gone_note_status", target="customer", condition="gone", refund=True, note=True, say="status"),
+    Kind(name="customer_late_note_stock", target="customer", condition="late", refund=True, note=True, say="stock"),
 )
 KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 MAX_DEPTH = max(kind.depth for kind in KINDS)

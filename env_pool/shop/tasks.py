@@ -38,7 +38,6 @@ class Facts:
     status: str
     stock: int
     note: str
-    other_note: str
 
     def holds(self, condition: str | None) -> bool:
         """Whether the actions are due."""
@@ -81,9 +80,9 @@ def golden_chain(kind: Kind, facts: Facts) -> list[str]:
         if kind.refund:
             chain.append(f"refund {number}")
         if kind.note:
-            chain.append(f"note {number} {facts.note}")
+            chain.append(f"note {facts.note} {number}")
     elif kind.otherwise:
-        chain.append(f"note {number} {facts.other_note}")
+        chain.append(f"note {facts.note} {number}")
     if kind.say == "stock":
         chain.append(f"check_stock {facts.item}")
     return [*chain, f"done {answer(kind, facts)}"]
@@ -120,7 +119,7 @@ def terse_request(kind: Kind, facts: Facts) -> str:
     if kind.note:
         words += ["note", facts.note]
     if kind.otherwise:
-        words += ["else", "note", facts.other_note]
+        words += ["else", "note", facts.note]
     if kind.say:
         words += ["say", kind.say]
     return " ".join(words)
@@ -160,7 +159,7 @@ def _natural_actions(kind: Kind, facts: Facts) -> list[str]:
     if kind.condition is None:
         return [order.capitalize() + "."]
     condition = "the order is late" if kind.condition == "late" else "its item is out of stock"
-    otherwise = f" Otherwise write the note '{facts.other_note}' to it and do nothing else." if kind.otherwise else ""
+    otherwise = f" Otherwise write the note '{facts.note}' to it and do nothing else." if kind.otherwise else ""
     return [f"If {condition}, {order}.{otherwise}"]
 
 
@@ -182,10 +181,7 @@ def make_task(index: int, seed: int, split: Split, levels: Sequence[int], style:
     stock = {row[2]: _draw_stock(rng, _EMPTY_SHARE) for row in orders}
     if kind.condition == "gone":
         stock[item] = _draw_stock(rng, _GONE_SHARE)
-    note, other_note = rng.sample(NOTES, 2)
-    facts = Facts(
-        order=number, customer=customer, item=item, status=status, stock=stock[item], note=note, other_note=other_note
-    )
+    facts = Facts(order=number, customer=customer, item=item, status=status, stock=stock[item], note=rng.choice(NOTES))
     rng.shuffle(orders)
     payload: dict[str, Any] = {
         "request": terse_request(kind, facts) if style == "terse" else natural_request(kind, facts),
@@ -208,9 +204,7 @@ def make_task(index: int, seed: int, split: Split, levels: Sequence[int], style:
 def _expected(kind: Kind, facts: Facts) -> dict[str, Any]:
     """The one final state and answer that count as success."""
     due = facts.holds(kind.condition)
-    notes = [[facts.order, facts.note]] if due and kind.note else []
-    if not due and kind.otherwise:
-        notes = [[facts.order, facts.other_note]]
+    notes = [[facts.order, facts.note]] if (kind.note if due else kind.otherwise) else []
     return {"refunds": [facts.order] if due and kind.refund else [], "notes": notes, "answer": answer(kind, facts)}
 
 
