@@ -1,7 +1,7 @@
 """Causal attention for training on ragged batches, without padding anywhere else in the model.
 
-The sequences of a micro-batch lie end to end in one row of T tokens, so that every linear layer and norm runs on exactly T
-tokens. Only the attention itself needs rows: it scatters the sequences into groups of similar length, right-padded to
+The sequences of a micro-batch lie end to end in one row of T tokens, so that every linear layer and norm runs on exactly
+T tokens. Only the attention itself needs rows: it scatters the sequences into groups of similar length, right-padded to
 ``[B, heads, longest, head_dim]``, runs causal attention on each group, and gathers the T results. Padding sits to the
 right, where causal attention never looks, so the result is exact and the gradient of the padding is zero.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def make_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> R
 
     Raises ValueError if they are not, or if one is empty.
     """
-    if any(a < b for a, b in zip(lengths, lengths[1:], strict=False)) or (lengths and lengths[-1] < 1):
+    if any(a < b for a, b in pairwise(lengths)) or (lengths and lengths[-1] < 1):
         raise ValueError(f"sequences must be sorted longest first and not be empty, got lengths {list(lengths)}")
     offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
     groups, first = [], 0
@@ -145,7 +146,7 @@ def ragged_attention(
     ragged: RaggedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention over ``query [1, heads, T, D]``, ``key`` and ``value [1, kv_heads, T, D]``; ``[1, T, heads, D]``.
+    """Causal attention of ``query [1, heads, T, D]`` to ``key`` and ``value [1, kv_heads, T, D]``: ``[1, T, heads, D]``.
 
     Raises ValueError without a layout, or with one for another number of tokens.
     """

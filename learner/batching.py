@@ -1,7 +1,7 @@
 """From groups to micro-batches: advantages, loss masks, and packing by a token budget.
 
-A *sample* is one trajectory with its advantage and the positions that carry loss. Samples are packed longest first, each
-into the first micro-batch that has room (first-fit decreasing), and lie end to end in one row without padding.
+A *sample* is one trajectory with its advantage and the positions that carry loss. Samples are packed longest first,
+each into the first micro-batch that has room (first-fit decreasing), and lie end to end in one row without padding.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 BACKENDS = ("fsdp",)
 PLANNED_BACKENDS = ("megatron",)
 OBJECTIVES = ("grpo",)

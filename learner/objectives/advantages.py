@@ -1,11 +1,11 @@
 """Advantages of the episodes of a group, from their rewards alone.
 
-- ``grpo``: ``(r - mean) / std`` with the population standard deviation (Shao et al. 2024, "DeepSeekMath", section 4.1.1).
+- ``grpo``: ``(r - mean) / std`` with the population's deviation (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
 - ``dr_grpo``: ``r - mean`` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3.2).
 - ``rloo``: ``r`` minus the mean of the *other* episodes (Ahmadian et al. 2024, "Back to Basics", section 3.2).
 
-Statistics are taken over the episodes that a group really has, one reward each: groups may be uneven, and an episode that
-yielded several trajectories counts once.
+Statistics are taken over the episodes that a group really has, one reward each: groups may be uneven, and an episode
+that yielded several trajectories counts once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def episode_advantages(rewards: FloatArray, kind: str) -> FloatArray:
     count = len(rewards)
     if count < 2 or rewards.max() == rewards.min():
         return np.zeros(count)
-    centred = rewards - rewards.mean()
+    centred: FloatArray = rewards - rewards.mean()
     if kind == "dr_grpo":
         return centred
-    if kind == "rloo":
-        return centred * (count / (count - 1))
-    return centred / (rewards.std() + EPSILON)
+    scale = count / (count - 1) if kind == "rloo" else 1.0 / (float(rewards.std()) + EPSILON)
+    scaled: FloatArray = centred * scale
+    return scaled
 
 
 def trajectory_advantages(

@@ -3,9 +3,9 @@
 Three policies: *behaviour* mu (sampled the token), *proximal* pi_prox (the policy before the step), *current* pi. All
 arguments are log-probabilities of the sampled tokens under the distribution that was sampled from, float32 [n].
 
-With one update per step the proximal policy *is* the policy at the start of the step, so its log-probabilities are those
-of the current forward pass, detached: exact, and no pass of its own. Then ``r = 1`` in value and only its gradient counts;
-clipping acts through the correction's cap.
+With one update per step the proximal policy *is* the policy at the start of the step, so its log-probabilities are
+those of the current forward pass, detached: exact, and no pass of its own. Then ``r = 1`` in value and only its gradient
+counts; what is bounded is the correction's weight, by its cap.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """``min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(log_ratio)``, and where the clip binds.
 
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; separate bounds: Yu et al. 2025, "DAPO", 3.1.
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; separate bounds: Yu et al. 2025, "DAPO".
     """
     ratio = log_ratio.exp()
     plain = ratio * advantages
@@ -62,9 +62,9 @@ def policy_loss(
     """The loss of each token, to be summed. ``logp_proximal`` None: the current policy before the step (see above).
 
     - ``decoupled``: ``-min(pi_prox / mu, cap) * min(r A, clip(r) A)``, ``r = pi / pi_prox`` (Hilton et al. 2021, "Batch
-      size-invariance for policy optimization", eq. 2; for language models Fu et al. 2025, "AReaL", section 5.2).
-    - ``tis``: ``-min(pi_prox / mu, cap) * r A``, the truncated importance-sampled policy gradient, without a clip. Equal to
-      ``decoupled`` in its gradient as long as there is one update per step.
+      size-invariance for policy optimization", there "decoupled"; for language models Fu et al. 2025, "AReaL", section 5.2).
+    - ``tis``: ``-min(pi_prox / mu, cap) * r A``, the truncated importance-sampled policy gradient, without a clip. Equal
+      to ``decoupled`` in its gradient as long as there is one update per step.
     - ``none``: the plain clipped surrogate with ``r = pi / mu``.
 
     Raises ValueError for an unknown correction.

@@ -22,8 +22,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (nats), float32 [n] each, of ``softmax(logits / temperature)``.
 
-    ``logits`` [n, vocabulary] of any float dtype, ``targets`` int64 [n], ``inverse_temperatures`` float32 [n]. More than
-    one chunk is recomputed in the backward pass instead of being kept. Entropies carry a gradient only when asked for.
+    ``logits`` [n, vocabulary] of any float dtype, ``targets`` int64 [n], ``inverse_temperatures`` float32 [n]. More
+    than one chunk is recomputed in the backward pass instead of being kept. Entropies carry a gradient only when asked
+    for.
     """
     rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
     parts = []

@@ -1,0 +1,163 @@
+"""The PyTorch backend: a Hugging Face model, AdamW with warm-up, gradient sums.
+
+One rank trains the plain module. With more ranks the module is sharded by ``fully_shard`` at the one place where the model
+is built, and the publication gathers; everything else stays as it is. Weights and optimizer state are float32; with
+another ``dtype`` the forward pass runs under autocast and that dtype is what engines get.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.backends.model import load_model, resolve_device
+from learner.backends.protocol import ObjectiveSettings, PassResult
+from learner.batching import MicroBatch
+from learner.config import LearnerConfig
+from learner.errors import CheckpointError
+from learner.objectives.policy_loss import policy_loss
+from learner.objectives.sums import TokenSums, sum_tokens
+from learner.objectives.token_statistics import token_logprobs
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FsdpBackend:
+    """Model and optimizer of one rank. Raises ModelError if the model cannot be trained."""
+
+    def __init__(self, path: str | Path, config: LearnerConfig, dtype: str = "float32") -> None:
+        self.device = resolve_device(config.device)
+        self.updates = 0
+        self._config = config
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        self._parameters: dict[str, torch.nn.Parameter] = dict(self._model.named_parameters())
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        logger.info("training %s", self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "architecture": type(self._model).__name__,
+            "parameters": sum(p.numel() for p in self._parameters.values()),
+            "device": str(self.device),
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the batch's targets, float32 [n] each, with gradient."""
+        with self._autocast():
+            output = self._model(
+                input_ids=batch.inputs,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.positions,
+                ragged=batch.layout,
+            )
+        return token_logprobs(
+            output.logits[0], batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
+        )
+
+    def forward_backward(self, batch: MicroBatch, objective: ObjectiveSettings) -> PassResult:
+        logp, entropies = self.logprobs(batch, entropy_gradient=objective.entropy_coef > 0)
+        terms = policy_loss(
+            logp,
+            batch.behaviour,
+            batch.advantages,
+            correction=objective.correction,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            cap=objective.correction_cap,
+        )
+        per_token = terms.loss - objective.entropy_coef * entropies if objective.entropy_coef > 0 else terms.loss
+        loss = (per_token * batch.weights).sum()
+        if not math.isfinite(float(loss.detach())):
+            return PassResult(TokenSums(), _bad_samples(batch, per_token))
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
+        sums.normaliser = batch.normaliser
+        return PassResult(sums)
+
+    def step(self, normaliser: float) -> float | None:
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        torch._foreach_mul_(gradients, 1.0 / normaliser)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.discard_gradient()
+            return None
+        limit = self._config.clip_grad
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.updates)
+        self._optimizer.step()
+        self.updates += 1
+        self.discard_gradient()
+        return norm
+
+    def learning_rate(self, update: int) -> float:
+        """Of the update number ``update``, from 0: linear warm-up to ``lr`` over ``warm_up_steps``, then constant."""
+        return self._config.lr * min(1.0, (update + 1) / max(1, self._config.warm_up_steps))
+
+    def discard_gradient(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach().to(self._dtype)
+
+    def save_model(self, directory: Path) -> None:
+        self._model.save_pretrained(directory, safe_serialization=True)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                known = self._optimizer.state.get(parameter, {}).get(moment)
+                if known is not None:
+                    state[f"{moment}/{name}"] = known.detach().cpu().contiguous()
+        return state
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
+        expected = {f"{moment}/{name}" for moment in MOMENTS for name in self._parameters} if updates else set()
+        if expected != state.keys():
+            strange = sorted(expected ^ state.keys())[:3]
+            raise CheckpointError(f"the optimizer state is not this model's: {', '.join(strange)} do not match")
+        self.updates = updates
+        self._optimizer.state.clear()
+        if not updates:
+            return
+        for name, parameter in self._parameters.items():
+            moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            if any(value.shape != parameter.shape for value in moments.values()):
+                raise CheckpointError(f"the optimizer state of {name} does not have the shape of the parameter")
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(updates), device=parameter.device if self.device.type == "cuda" else "cpu"),
+                **moments,
+            }
+
+    def _autocast(self) -> Any:
+        if self._dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+
+def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
+    bad = batch.sample_of[~torch.isfinite(per_token.detach())].unique().tolist()
+    named = [batch.samples[index] for index in bad] or batch.samples
+    return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)

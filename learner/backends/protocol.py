@@ -1,0 +1,76 @@
+"""What the streaming step needs of a training backend: the same micro-batches in, the same numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from learner.batching import MicroBatch
+from learner.objectives.sums import TokenSums
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """The loss of a token, resolved from the configuration."""
+
+    correction: str
+    clip_low: float
+    clip_high: float
+    correction_cap: float
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One forward and backward pass."""
+
+    sums: TokenSums
+    bad_samples: tuple[str, ...] = ()
+    """``group_id/trajectory_id`` of samples whose loss is not finite; the pass then added no gradient."""
+
+
+class TrainingBackend(Protocol):
+    """Holds model and optimizer. Gradients are sums until :meth:`step` divides them by the normaliser."""
+
+    device: torch.device
+    updates: int
+    """Optimizer updates so far."""
+
+    def forward_backward(self, batch: MicroBatch, objective: ObjectiveSettings) -> PassResult:
+        """Adds the batch's gradient of the *summed* loss."""
+        ...
+
+    def step(self, normaliser: float) -> float | None:
+        """One update with ``gradient / normaliser``; returns the gradient's norm before clipping.
+
+        None: the gradient was not finite and nothing was changed. Either way the gradient is zero afterwards.
+        """
+        ...
+
+    def discard_gradient(self) -> None:
+        """Zeroes the gradient without an update."""
+        ...
+
+    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The parameters to publish, by Hugging Face name, tied ones once, in the dtype that engines serve."""
+        ...
+
+    def save_model(self, directory: Path) -> None:
+        """Writes a Hugging Face directory (without tokenizer)."""
+        ...
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """All that a resumed run needs besides the model, as tensors on the CPU."""
+        ...
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
+        """The inverse. Raises CheckpointError if the state is another model's."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for logs: parameters, device, dtype."""
+        ...

@@ -1,0 +1,138 @@
+"""One training step whose groups arrive one after another.
+
+Gradients are sums and are divided once, by the normaliser that is known when the last group is in. So it makes no
+difference when a group arrives and with which others it is packed (up to the rounding of float32 sums), and forward and
+backward passes run while the rest of the step is still being generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experience.records import Group
+from learner.backends.protocol import ObjectiveSettings, TrainingBackend
+from learner.batching import GroupSamples, Sample, collate, make_samples, pack
+from learner.objectives.sums import TokenSums
+
+SUCCESS_REWARD = 1.0
+"""An episode counts as a success from this reward on."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step turns groups into a gradient."""
+
+    objective: ObjectiveSettings
+    max_lag: int
+    advantage: str = "grpo"
+    aggregation: str = "token"
+    skip_no_signal: bool = True
+    pass_tokens: int = 8192
+    """Most tokens in one pass; passes start as soon as that many are waiting."""
+    deterministic: bool = False
+    """Wait for all groups and take them in dispatch order, so that the result does not depend on arrival."""
+
+
+@dataclass
+class StepResult:
+    """What a step did. ``applied`` is False when the gradient was not finite and the weights stayed."""
+
+    metrics: dict[str, float]
+    applied: bool
+    bad_samples: list[str] = field(default_factory=list)
+
+
+class StreamingStep:
+    """Accumulates the gradient of one step at learner ``version``; use once."""
+
+    def __init__(self, backend: TrainingBackend, settings: StepSettings, version: int) -> None:
+        self._backend, self._settings, self._version = backend, settings, version
+        self._held: list[Group] = []
+        self._groups: list[GroupSamples] = []
+        self._pending: list[Sample] = []
+        self._sums = TokenSums()
+        self._passes = 0
+        self._bad: list[str] = []
+
+    def add(self, groups: Iterable[Group]) -> None:
+        """Takes complete groups, and runs the passes that are full."""
+        if self._settings.deterministic:
+            self._held.extend(groups)
+            return
+        for group in groups:
+            self._take(group)
+        if sum(map(len, self._pending)) >= self._settings.pass_tokens:
+            *full, last = sorted(pack(self._pending, self._settings.pass_tokens), key=_tokens, reverse=True)
+            self._pending = last if full else []
+            self._run(full or [last])
+
+    def flush(self) -> None:
+        """Runs everything that has arrived."""
+        pending, self._pending = self._pending, []
+        self._run(pack(pending, self._settings.pass_tokens))
+
+    def finish(self) -> StepResult:
+        """Runs the rest, normalises and updates the weights."""
+        for group in sorted(self._held, key=lambda group: group.header.index):
+            self._take(group)
+        self._held = []
+        self.flush()
+        norm: float | None = 0.0
+        if self._bad:
+            self._backend.discard_gradient()
+            norm = None
+        elif self._sums.normaliser > 0:
+            norm = self._backend.step(self._sums.normaliser)
+        applied = norm is not None
+        return StepResult({**self._group_metrics(applied), **self._sums.metrics(), **_norm(norm)}, applied, self._bad)
+
+    def _take(self, group: Group) -> None:
+        made = make_samples(group, self._version, self._settings.max_lag, self._settings.advantage)
+        self._groups.append(made)
+        if made.has_signal or not self._settings.skip_no_signal:
+            self._pending.extend(made.samples)
+
+    def _run(self, bins: list[list[Sample]]) -> None:
+        for samples in bins:
+            batch = collate(samples, self._settings.aggregation, self._backend.device)
+            done = self._backend.forward_backward(batch, self._settings.objective)
+            self._sums.add(done.sums)
+            self._bad.extend(done.bad_samples)
+            self._passes += 1
+
+    def _group_metrics(self, applied: bool) -> dict[str, float]:
+        groups = self._groups
+        rewards = np.array([reward for group in groups for reward in group.rewards.values()] or [np.nan])
+        spans = [span for group in groups for span in group.version_spans]
+        sampled = sum(group.sampled_tokens for group in groups)
+        trained = sum(group.usable_tokens for group in groups) if applied else 0
+        with_signal = [group for group in groups if group.has_signal]
+        metrics: dict[str, float] = {
+            "groups/total": len(groups),
+            "groups/no_signal": len(groups) - len(with_signal),
+            "episodes/rewarded": sum(len(group.rewards) for group in groups),
+            "episodes/unrewarded": sum(group.unrewarded for group in groups),
+            "tokens/trained": trained,
+            "tokens/masked": sampled - trained,
+            "tokens/with_signal": sum(group.usable_tokens for group in with_signal) if applied else 0,
+            "passes": self._passes,
+            "step/skipped": 0 if applied else 1,
+        }
+        if not np.isnan(rewards).all():
+            metrics["reward/mean"] = float(rewards.mean())
+            metrics["reward/std"] = float(rewards.std())
+            metrics["success"] = float((rewards >= SUCCESS_REWARD).mean())
+        if spans:
+            metrics["trajectory_spans"] = float(np.mean(spans))
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def _tokens(samples: list[Sample]) -> int:
+    return sum(map(len, samples))
+
+
+def _norm(norm: float | None) -> dict[str, float]:
+    return {} if norm is None else {"grad_norm": norm}
