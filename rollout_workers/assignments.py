@@ -65,4 +65,4 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def episode_id_of(group_id: str, member: int) -> str:
-    return f"{group_id}/{member}"
+    return f"{group_id}-{member}"
