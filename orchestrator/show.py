@@ -41,7 +41,11 @@ def render_list(found: Found, shown: Sequence[Episode]) -> RenderableType:
     """A table with a line for each episode of ``shown``, and what could not be read."""
     table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
     for name in ("episode", "from", "task", "status", "reward", "tokens", "versions", "lag"):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("reward", "tokens", "lag") else "left")
+        is_number = name in ("reward", "tokens", "lag")
+        # Numbers keep their width in a narrow terminal; names are cut.
+        table.add_column(
+            name, no_wrap=True, justify="right" if is_number else "left", min_width=len(name) if is_number else None
+        )
     for episode in shown:
         table.add_row(
             episode.episode_id,
@@ -62,7 +66,7 @@ def _place(episode: Episode) -> str:
         return episode.source
     if episode.trained_at is not None:
         return f"step {episode.trained_at}"
-    return "dropped" if episode.dropped else "in queue"
+    return "dropped" if episode.dropped else "queued"
 
 
 def _status(episode: Episode) -> Text:
@@ -149,10 +153,9 @@ def turns_of(trajectory: Trajectory) -> list[Turn]:
 
 def _head(trajectory: Trajectory, episode: Episode | None) -> Text:
     status = str(trajectory.status) + (f": {trajectory.error}" if trajectory.error else "")
-    text = Text.assemble(("reward ", "dim"), _reward(trajectory.reward), ("  status ", "dim"), status)
-    if trajectory.reward_parts:
-        parts = ", ".join(f"{name} {value:.3g}" for name, value in trajectory.reward_parts.items())
-        text.append(f"  ({parts})", style="dim")
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in trajectory.reward_parts.items())
+    text = Text.assemble(("reward ", "dim"), _reward(trajectory.reward), (f" ({parts})" if parts else "", "dim"))
+    text.append("  status ", style="dim").append(status)
     kind = f"  {trajectory.domain}, difficulty {trajectory.difficulty}" if trajectory.domain else ""
     text.append(f"\ntask {trajectory.task_id}{kind}  group {trajectory.group_id}")
     text.append(f"\n{len(trajectory)} tokens, {trajectory.sampled_tokens} sampled at T={trajectory.temperature:g}")

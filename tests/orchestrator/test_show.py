@@ -171,9 +171,7 @@ def test_a_trajectory_shows_turns_versions_rewards_and_times(run: RunDirectory) 
     (part,) = render_episode(run, episode, logprobs=True)
     whole = text(part)
     for words in (
-        "reward 1.00",
-        "(rule 1)",
-        "status finished",
+        "reward 1.00 (rule 1)  status finished",
         "task task-7  refund_order, difficulty 2",
         "12 tokens, 5 sampled at T=1",
         "trained at version 5, lag up to 2",
