@@ -39,7 +39,7 @@ class ShowError(RuntimeError):
 
 def render_list(found: Found, shown: Sequence[Episode]) -> RenderableType:
     """A table with a line for each episode of ``shown``, and what could not be read."""
-    table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("episode", "from", "task", "status", "reward", "tokens", "versions", "lag"):
         is_number = name in ("reward", "tokens", "lag")
         # Numbers keep their width in a narrow terminal; names are cut.
