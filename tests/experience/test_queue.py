@@ -256,3 +256,27 @@ def test_surplus_finished_groups_stay_queued() -> None:
     train(queue, queue.lease("learner", 2, 0, 0.0), step=0)
     assert queue.ready_groups == 3
     assert lease(queue, 2, version=1) == ["g2", "g3"]
+
+
+def test_staleness_outranks_the_window() -> None:
+    """After a return to an earlier checkpoint a later group may be due before the head of the window."""
+    config = QueueConfig(order=QueueOrder.windowed, window=1)
+    queue = make_queue(1, target_lag=1.0, max_lag=1, on_violation=OnViolation.wait, config=config)
+    fill(queue, 0, versions=[1], floor=1)
+    queue.open(header(1, version_floor=0), 0.0)
+    assert lease(queue, 1, version=1) == []
+    for episode_id in header(1).episode_ids:
+        queue.add(entry("g1", episode_id, [0]), 0.0)
+    assert lease(queue, 1, version=1) == ["g1"]
+    assert lease(queue, 1, version=2) == ["g0"]
+
+
+def test_the_budget_holds_again_once_the_consumer_has_what_it_needs() -> None:
+    queue = make_queue(config=QueueConfig(budget_mb=1e-6))
+    for index in range(2):
+        fill(queue, index)
+    queue.open(header(2), 0.0)
+    leased = queue.lease("learner", 3, 0, 0.0)
+    assert queue.may_add(1)
+    train(queue, leased[:1], step=0)
+    assert not queue.may_add(1)

@@ -1,4 +1,4 @@
-"""Random sequences of operations on the queue; after every one of them its invariants hold, and none of them wedges it."""
+"""Random sequences of operations on the queue: its invariants hold after every one, and none of them wedges it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from experience_builders import entry, fill, header, make_queue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experience.config import QueueConfig, QueueOrder, StalenessConfig
+from experience.config import OnViolation, QueueConfig, QueueOrder, StalenessConfig
 from experience.entries import Added, LeasedGroup
 from experience.journal import Journal, JournalError
 from experience.queue import ExperienceQueue, QueueError
@@ -104,6 +104,32 @@ def test_a_live_queue_goes_back_when_only_the_learner_was_lost(tmp_path: Path) -
     assert queue.bytes_used == held + sum(e.size_bytes for group in trained for e in group.episodes)
     assert step(queue, 1) == trained
     assert ids(step(queue, 2)) == ["g4"]
+
+
+def test_steps_trained_again_are_not_mixed(tmp_path: Path) -> None:
+    queue = start(tmp_path)
+    for index in range(4):
+        fill(queue, index)
+    step(queue, 0)
+    step(queue, 1)
+    queue.revert(-1)
+    fill(queue, 4)
+    assert ids(queue.lease("learner", 3, 0, 0.0)) == ["g0", "g1"]
+    assert ids(queue.lease("learner", 1, 0, 0.0)) == ["g4"]
+
+
+def test_what_runs_again_may_be_as_old_as_the_checkpoint(tmp_path: Path) -> None:
+    staleness = StalenessConfig(target_lag=0.0, max_lag=0, on_violation=OnViolation.wait)
+    policy = make_policy(staleness, groups_per_update=1)
+    queue = ExperienceQueue(CONFIG, policy, journal=Journal(tmp_path))
+    queue.open(header(0, version_floor=3), 0.0)
+    fill(queue, 1, versions=[1], floor=3)
+    queue.flush()
+    again = ExperienceQueue.recover(CONFIG, policy, Journal(tmp_path), -1, 0.0)
+    assert again.lease("learner", 1, 0, 0.0) == []
+    for episode_id in header(0).episode_ids:
+        again.add(entry("g0", episode_id, [0]), 0.0)
+    assert ids(again.lease("learner", 1, 0, 0.0)) == ["g0"]
 
 
 def test_going_back_without_a_journal_is_refused() -> None:
