@@ -11,6 +11,7 @@ The lag of a token at consumption is ``v`` minus the version that sampled it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -231,24 +232,21 @@ class Wait(_Guarded):
         """Ready groups in the order given, as far as every other live group stays in time."""
         selection = super().select(ready, QueueView(queue.version, queue.live, queue.taken, limit=len(ready)))
         dropped = {group.group_id for group, _ in selection.drop}
-        due: dict[int, int] = {}
-        for group in queue.live:
-            if group.group_id not in dropped:
-                deadline = self.deadline(group, queue.version)
-                due[deadline] = due.get(deadline, 0) + 1
+        deadlines = {g.group_id: self.deadline(g, queue.version) for g in queue.live if g.group_id not in dropped}
+        due = Counter(deadlines.values())
         capacity = max(0, self.pacing.groups_per_update - queue.taken)
         candidates, selection.take = selection.take, []
         while len(selection.take) < min(queue.limit, capacity):
             horizon = self._horizon(due, queue.version, capacity - len(selection.take))
-            chosen = next((g for g in candidates if self.deadline(g, queue.version) <= horizon), None)
+            chosen = next((g for g in candidates if deadlines[g.group_id] <= horizon), None)
             if chosen is None:
                 break
             candidates.remove(chosen)
-            due[self.deadline(chosen, queue.version)] -= 1
+            due[deadlines[chosen.group_id]] -= 1
             selection.take.append(chosen)
         return selection
 
-    def _horizon(self, due: dict[int, int], version: int, remaining: int) -> float:
+    def _horizon(self, due: Counter[int], version: int, remaining: int) -> float:
         """The smallest d at which live groups fill all deliveries left up to d; infinite when there is none."""
         count = 0
         for deadline in sorted(due):

@@ -272,11 +272,12 @@ def test_staleness_outranks_the_window() -> None:
 
 
 def test_the_budget_holds_again_once_the_consumer_has_what_it_needs() -> None:
-    queue = make_queue(config=QueueConfig(budget_mb=1e-6))
+    size = entry("g0", "g0-0").size_bytes
+    queue = make_queue(config=QueueConfig(budget_mb=4.5 * size / (1 << 20)))
     for index in range(2):
         fill(queue, index)
-    queue.open(header(2), 0.0)
     leased = queue.lease("learner", 3, 0, 0.0)
-    assert queue.may_add(1)
+    assert queue.may_add(size)
     train(queue, leased[:1], step=0)
-    assert not queue.may_add(1)
+    assert queue.may_add(2 * size)
+    assert not queue.may_add(3 * size)
