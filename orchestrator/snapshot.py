@@ -39,7 +39,7 @@ class Snapshot:
     engines: list[dict[str, Any]] = field(default_factory=list)
     """``name, state, version, running, waiting, kv_used, tokens_per_s``."""
     workers: list[dict[str, Any]] = field(default_factory=list)
-    """``name, state, episodes, finished, failed``."""
+    """``name, state, episodes, finished, failed``; ``generating, in_environment, in_reward`` say where they are."""
     environments: list[dict[str, Any]] = field(default_factory=list)
     """``name, state, leases``."""
     rewards: list[dict[str, Any]] = field(default_factory=list)

@@ -219,7 +219,12 @@ def _engine_line(item: dict[str, Any]) -> str:
 
 
 def _worker_line(item: dict[str, Any]) -> str:
-    line = f"{item.get('episodes', 0)} episodes in flight, {count(item.get('finished', 0))} finished"
+    if "generating" in item:
+        doing = (("generating", "generating"), ("in_environment", "in tools"), ("in_reward", "judged"))
+        line = ", ".join(f"{item.get(key, 0)} {words}" for key, words in doing)
+    else:
+        line = f"{item.get('episodes', 0)} episodes"
+    line += f", {count(item.get('finished', 0))} done"
     return line + (f", {item['failed']} failed" if item.get("failed") else "")
 
 

@@ -73,7 +73,7 @@ def test_everything_that_matters_is_there_in_80_columns() -> None:
         "1.02  max 2 of 4",
         "18.2k  0.39 s a step",
         "96 running, 12 waiting  KV 50%  18.2k tok/s",
-        "128 episodes in flight, 15.7k finished, 2 failed",
+        "128 episodes, 15.7k done, 2 failed",
         "restarting",
         "127 leases",
         "3 pending",
@@ -104,6 +104,11 @@ def test_many_replicas_share_a_line_with_their_totals() -> None:
     assert "768 running, 96 waiting  KV 50%  145.9k tok/s" in shown
     assert "v116" in shown
     assert "engine-3" not in shown
+
+
+def test_worker_says_where_its_episodes_are() -> None:
+    worker = {"name": "worker-0", "state": "serving", "generating": 96, "in_environment": 20, "in_reward": 5}
+    assert "96 generating, 20 in tools, 5 judged, 15.7k done" in text(example(workers=[{**worker, "finished": 15744}]))
 
 
 def test_failure_shows_its_first_cause() -> None:
