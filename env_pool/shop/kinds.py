@@ -63,6 +63,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="customer_late_else", target="customer", condition="late", refund=True, otherwise=True),
     Kind(name="order_gone_else", target="order", condition="gone", refund=True, otherwise=True),
     Kind(name="customer_late_item", target="customer", condition="late", refund=True, say="item"),
+    Kind(name="order_gone_item", target="order", condition="gone", refund=True, say="item"),
     Kind(name="order_refund_note", target="order", refund=True, note=True, say="status"),
     Kind(name="customer_gone_else", target="customer", condition="gone", refund=True, otherwise=True),
     Kind(name="customer_refund_note", target="customer", refund=True, note=True, say="item"),

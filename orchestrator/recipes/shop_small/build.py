@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,17 +23,23 @@ CLERK = ClumsyClerk()
 SETTINGS = WarmUpSettings()
 
 
-def build(directory: Path, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Path:
+def build(
+    directory: Path,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    settings: WarmUpSettings = SETTINGS,
+) -> Path:
     """Write a Hugging Face model directory, decided by ``seed`` and the number of torch ``threads``.
 
     The weights are about 320 thousand float32 numbers. Deep chains it can only get right by chance: see
-    :class:`env_pool.shop.clerk.ClumsyClerk`.
+    :class:`env_pool.shop.clerk.ClumsyClerk`. ``seed`` takes the place of the one in ``settings``.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     tokenizer = save_tokenizer(directory)
     model = make_model(seed)
-    settings = WarmUpSettings(**{**SETTINGS.__dict__, "seed": seed})
+    settings = replace(settings, seed=seed)
     demonstrations = demonstrate(tokenizer, CLERK, settings.steps * settings.batch_size, seed)
     losses = warm_up(model, demonstrations, settings, progress)
     logger.info("warm-up of %d steps: loss %.3f to %.3f", settings.steps, losses[0], losses[-1])
