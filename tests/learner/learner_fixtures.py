@@ -75,9 +75,7 @@ def make_group(
     """A group with one trajectory per reward."""
     name = f"g{index}"
     trajectories = [
-        make_trajectory(
-            f"{name}-{i}", rng, reward=reward, group=name, version=version, temperature=temperature
-        )
+        make_trajectory(f"{name}-{i}", rng, reward=reward, group=name, version=version, temperature=temperature)
         for i, reward in enumerate(rewards)
     ]
     header = GroupHeader(

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from learner.config import LearnerConfig, ModelConfig
+
+
+def test_defaults_are_valid_and_fit_omegaconf() -> None:
+    for kind in (LearnerConfig, ModelConfig):
+        config = OmegaConf.to_object(OmegaConf.structured(kind))
+        assert config == kind()
+        kind().validate()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("backend", "megatron", "learner.backend=megatron is not built yet: use fsdp"),
+        ("ranks", 2, "learner.ranks=2 is not built yet"),
+        ("kl_coef", 0.1, "learner.kl_coef is not built yet"),
+        ("advantage", "gae", "learner.advantage='gae' is unknown: use one of grpo, dr_grpo, rloo"),
+        ("correction", "full", "learner.correction='full'"),
+        ("aggregation", "word", "learner.aggregation='word'"),
+        ("token_budget", 0, "learner.token_budget=0 must be at least 1"),
+        ("lr", 0.0, "learner.lr=0.0 must be greater than 0"),
+        ("clip_low", 1.5, "learner.clip_low=1.5"),
+        ("betas", [0.9], "learner.betas="),
+        ("threads", 0, "learner.threads=0"),
+        ("clip_grad", -1.0, "learner.clip_grad=-1.0 must not be negative"),
+    ],
+)
+def test_bad_settings_are_named(setting: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearnerConfig(**{setting: value}).validate()  # type: ignore[arg-type]
+
+
+def test_a_model_needs_a_path_or_a_recipe() -> None:
+    with pytest.raises(ValueError, match=r"model\.path and model\.recipe are both null"):
+        ModelConfig(recipe=None).validate()
+    with pytest.raises(ValueError, match=r"model\.dtype='int4'"):
+        ModelConfig(dtype="int4").validate()

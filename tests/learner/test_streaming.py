@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_fixtures import make_group, make_groups
+
+from experience.records import Group
+from learner.backends.fsdp import FsdpBackend
+from learner.backends.protocol import ObjectiveSettings
+from learner.config import LearnerConfig
+from learner.streaming import StepResult, StepSettings, StreamingStep
+
+SETTINGS = StepSettings(objective=ObjectiveSettings("decoupled", 0.2, 0.28, 2.0), max_lag=4)
+
+
+class RecordingBackend(FsdpBackend):
+    """Keeps the normalised gradient of its last step."""
+
+    gradient: dict[str, torch.Tensor]
+
+    def step(self, normaliser: float) -> float | None:
+        self.gradient = {
+            name: p.grad.double() / normaliser for name, p in self._parameters.items() if p.grad is not None
+        }
+        return super().step(normaliser)
+
+
+def run_step(
+    directory: Path, arrivals: list[list[Group]], flush: bool = False, version: int = 0, **settings: Any
+) -> tuple[StepResult, RecordingBackend]:
+    backend = RecordingBackend(directory, LearnerConfig(device="cpu", warm_up_steps=0))
+    step = StreamingStep(backend, replace(SETTINGS, **settings), version)
+    for groups in arrivals:
+        step.add(groups)
+        if flush:
+            step.flush()
+    return step.finish(), backend
+
+
+def assert_same_gradient(ours: RecordingBackend, theirs: RecordingBackend, tolerance: float = 1e-6) -> None:
+    assert ours.gradient.keys() == theirs.gradient.keys()
+    for name, gradient in ours.gradient.items():
+        torch.testing.assert_close(gradient, theirs.gradient[name], rtol=1e-5, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_streaming_changes_no_result(model_directory: Path, aggregation: str) -> None:
+    groups = make_groups(6)
+    whole, reference = run_step(model_directory, [groups], aggregation=aggregation)
+    shuffled = [[groups[i]] for i in (3, 0, 5, 1, 4, 2)]
+    for pass_tokens, flush in ((100_000, True), (150, False), (60, False), (1, False)):
+        result, backend = run_step(model_directory, shuffled, flush, aggregation=aggregation, pass_tokens=pass_tokens)
+        assert_same_gradient(backend, reference)
+        assert result.metrics["passes"] > whole.metrics["passes"]
+        for name in whole.metrics.keys() - {"passes"}:
+            assert result.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5, abs=1e-6), name
+
+
+def test_passes_run_before_the_step_is_complete(model_directory: Path) -> None:
+    backend = RecordingBackend(model_directory, LearnerConfig(device="cpu"))
+    step = StreamingStep(backend, replace(SETTINGS, pass_tokens=100), 0)
+    groups = make_groups(6)
+    step.add(groups[:3])
+    assert step._passes > 0
+    assert any(p.grad is not None for p in backend._parameters.values())
+
+
+def test_deterministic_steps_do_not_depend_on_arrival_bit_for_bit(model_directory: Path) -> None:
+    groups = make_groups(6)
+    orders = [[groups], [[g] for g in reversed(groups)], [groups[3:], groups[:3]]]
+    results = [
+        run_step(model_directory, arrivals, deterministic=True, pass_tokens=100, flush=True) for arrivals in orders
+    ]
+    (first, reference), *others = results
+    for result, backend in others:
+        assert result.metrics == first.metrics
+        for (name, ours), (_, theirs) in zip(backend.named_tensors(), reference.named_tensors(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+def test_groups_without_signal_run_no_pass_and_do_not_count(model_directory: Path) -> None:
+    rng = np.random.default_rng(5)
+    useful, useless = make_group(0, [1.0, 0.0], rng), make_group(1, [1.0, 1.0, 1.0], rng)
+    with_both, backend = run_step(model_directory, [[useful, useless]])
+    alone, reference = run_step(model_directory, [[useful]])
+    assert_same_gradient(backend, reference, tolerance=0)
+    assert with_both.metrics["groups/no_signal"] == 1
+    assert with_both.metrics["tokens/with_signal"] == alone.metrics["tokens/trained"]
+    assert with_both.metrics["tokens/trained"] == useful.sampled_tokens + useless.sampled_tokens
+    kept, diluted = run_step(model_directory, [[useful, useless]], skip_no_signal=False)
+    scale = useful.sampled_tokens / (useful.sampled_tokens + useless.sampled_tokens)
+    for name, gradient in diluted.gradient.items():
+        torch.testing.assert_close(gradient, reference.gradient[name] * scale, rtol=1e-4, atol=1e-7)
+    assert kept.metrics["entropy"] != with_both.metrics["entropy"]
+
+
+def test_a_step_without_any_signal_leaves_the_weights(model_directory: Path) -> None:
+    group = make_group(0, [0.0, 0.0], np.random.default_rng(0))
+    result, backend = run_step(model_directory, [[group]])
+    assert result.applied
+    assert backend.updates == 0
+    assert result.metrics["success"] == 0.0
+    assert "loss" not in result.metrics
+
+
+def test_old_tokens_are_masked_and_counted(model_directory: Path) -> None:
+    groups = make_groups(3, version=2)
+    old = make_group(9, [1.0, 0.0], np.random.default_rng(1), version=1)
+    result, _ = run_step(model_directory, [[*groups, old]], version=6)
+    metrics = result.metrics
+    assert metrics["lag/max"] == metrics["lag/mean"] == 4
+    assert metrics["tokens/masked"] == old.sampled_tokens
+    assert metrics["tokens/trained"] == sum(group.sampled_tokens for group in groups)
+
+
+def test_rewards_success_and_version_spans_are_reported(model_directory: Path) -> None:
+    rng = np.random.default_rng(2)
+    group = make_group(0, [1.0, 0.5, None], rng)
+    sampled = np.flatnonzero(group.trajectories[0].trainable)
+    group.trajectories[0].versions[sampled[-1]] = 1
+    metrics = run_step(model_directory, [[group]], version=1)[0].metrics
+    assert metrics["reward/mean"] == 0.75
+    assert metrics["reward/std"] == 0.25
+    assert metrics["success"] == 0.5
+    assert metrics["episodes/unrewarded"] == 1
+    assert metrics["trajectory_spans"] == pytest.approx(4 / 3)
+
+
+def test_a_bad_trajectory_skips_the_step(model_directory: Path) -> None:
+    groups = make_groups(3)
+    groups[0].trajectories[0].logprobs[:] = np.nan
+    result, backend = run_step(model_directory, [groups])
+    assert not result.applied
+    assert result.bad_samples == ["g0/g0-0"]
+    assert backend.updates == 0
+    assert result.metrics["tokens/trained"] == 0
+    assert result.metrics["tokens/masked"] == sum(group.sampled_tokens for group in groups)
