@@ -16,6 +16,7 @@ from rich.console import Console
 
 from orchestrator.config import Config, ConfigError, load, to_yaml
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
+from orchestrator.show import show_command
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,8 +67,7 @@ def _guarded(command: F) -> F:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        from learner.checkpoint_files import CheckpointError
-
+        from learner.errors import CheckpointError
         from orchestrator.launch import LaunchError
 
         try:
@@ -175,14 +175,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
         click.echo(f"  difficulty {name}: {part['success']:.3f} of {part['n']}")
 
 
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--episode", default=None, help="Show this episode, token by token.")
-@click.option("--group", default=None, help="List the episodes of this group.")
-@click.option("--last", type=int, default=20, show_default=True, help="How many episodes to list.")
-@_guarded
-def show(run: Path, episode: str | None, group: str | None, last: int) -> None:
-    """List the episodes of RUN, or show one in colour."""
+main.add_command(show_command)
 
 
 if __name__ == "__main__":
