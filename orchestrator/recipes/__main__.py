@@ -1,19 +1,37 @@
-"""`python -m orchestrator.recipes RECIPE DIRECTORY SEED`: make a model in a process of its own."""
+"""``python -m orchestrator.recipes RECIPE DIRECTORY SEED``: make a model in a process of its own, as ``train`` does."""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from pathlib import Path
+
+import click
 
 from orchestrator.recipes import make_model
 
+logger = logging.getLogger("orchestrator.recipes")
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    recipe, directory, seed = sys.argv[1:4]
-    make_model(recipe, Path(directory), int(seed), threads=os.cpu_count())
+REPORT_EVERY = 50
+
+
+def report(step: int, steps: int, loss: float) -> None:
+    """Log one line every ``REPORT_EVERY`` steps."""
+    if step % REPORT_EVERY == 0 or step == steps:
+        logger.info("warm-up %d/%d: loss %.3f", step, steps, loss)
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("seed", type=int)
+@click.option("--threads", type=int, default=None, help="Torch threads (default: as the process was started).")
+def main(recipe: str, directory: Path, seed: int, threads: int | None) -> None:
+    """Make the model of RECIPE in DIRECTORY; SEED decides its weights."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        make_model(recipe, directory, seed, threads, report)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

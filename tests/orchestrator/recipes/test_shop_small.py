@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,11 @@ def test_an_unknown_recipe_is_an_error_that_names_the_nearest(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"no recipe 'shop_smal'; there are shop_small\. Did you mean 'shop_small'\?"):
         make_model("shop_smal", tmp_path, seed=0)
     assert recipe_key("shop_small", 3).endswith("-seed3")
+
+
+def test_the_command_refuses_an_unknown_recipe_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator.recipes", "shop_smal", str(tmp_path / "model"), "0"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("Error: model.recipe: no recipe 'shop_smal'")
+    assert not (tmp_path / "model").exists()
