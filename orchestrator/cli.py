@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
