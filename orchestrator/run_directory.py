@@ -72,7 +72,9 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not a directory; give the directory of a run, such as runs/quickstart")
         missing = [name for name in (CONFIG, "journal") if not (root / name).exists()]
         if missing:
-            below = sorted(child.parent.name for child in root.glob(f"*/{CONFIG}"))
+            below = sorted(
+                child.parent.name for child in root.glob(f"*/{CONFIG}") if (child.parent / "journal").is_dir()
+            )
             hint = f"; runs below it: {', '.join(below[:5])}" if below else ""
             raise RunDirectoryError(f"{path} is not the directory of a run: it has no {' and no '.join(missing)}{hint}")
         return cls(root)
