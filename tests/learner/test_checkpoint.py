@@ -125,7 +125,7 @@ def test_an_interrupted_write_is_no_checkpoint_and_is_cleaned_up(two_checkpoints
 
 def test_an_unwritable_directory_is_named(model_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write checkpoints to .*file"):
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*file"):
         make_learner(model_directory).save(tmp_path / "file" / "checkpoints")
 
 
