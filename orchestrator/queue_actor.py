@@ -115,6 +115,8 @@ class QueueActor:
                 left = deadline - time.monotonic()
                 if leased or left <= 0:
                     break
+                # Asking may have dropped groups, and a consumer that lacks groups makes room for refused producers.
+                await self._changed()
                 try:
                     await asyncio.wait_for(self._ready.wait(), left)
                 except TimeoutError:
