@@ -33,6 +33,8 @@ class EnginesConfig:
     device: str = "auto"
     dtype: str = "auto"
     """Data type of weights and KV; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    trace: bool = True
+    """On a CPU, replay a trace of the model's forward pass (dense architectures) instead of running its Python."""
     args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
     """Passed through to engines that are servers of their own (vllm, sglang)."""
 

@@ -9,7 +9,9 @@ Shapes: T tokens, H query heads, G key/value heads, D head size, S slots, L posi
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import count
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -35,10 +37,22 @@ _NOT_SUPPORTED = ("softcap", "s_aux", "position_bias")
 class SlotCache:
     """Keys and values of all slots: per layer two tensors ``[S, G, max_len, D]``, made when a layer first runs."""
 
+    _numbers = count()
+    _by_number: ClassVar[WeakValueDictionary[int, SlotCache]] = WeakValueDictionary()
+
     def __init__(self, slots: int, max_len: int) -> None:
         self.slots = slots
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.batch: SlotBatch | None = None
+        """The step that is being computed."""
+        self.number = next(SlotCache._numbers)
+        """Names this cache where only plain values can pass, as in a traced model."""
+        SlotCache._by_number[self.number] = self
+
+    @classmethod
+    def numbered(cls, number: int) -> SlotCache:
+        return cls._by_number[number]
 
     def layer(self, index: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
         if index not in self.layers:
@@ -127,7 +141,7 @@ class _Prefill:
 
 
 class SlotBatch:
-    """One step's view of the cache; travels through the model's keyword arguments to :func:`slot_attention`."""
+    """One step's view of the cache, which :func:`slot_attention` finds there as ``batch``."""
 
     def __init__(self, cache: SlotCache, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
         self.cache = cache
@@ -162,17 +176,35 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
-    slot_batch: SlotBatch,
+    slot_cache: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer.
+    """The attention function that transformers calls in each layer; ``slot_cache`` is the number of the cache.
 
     Raises ValueError where a layer asks for what is not implemented here (soft caps, sinks, biases).
     """
     for name in _NOT_SUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs attention with `{name}`, which the torch engine lacks")
-    return slot_batch.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return torch.ops.millrace.slot_attention(slot_cache, layer, query, key, value, scaling), None
+    return _attend(slot_cache, layer, query, key, value, scaling), None
+
+
+def _attend(
+    slot_cache: int, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
+) -> Tensor:
+    batch = SlotCache.numbered(slot_cache).batch
+    assert batch is not None, "attention outside of a step"
+    return batch.attend(layer, query_1HTD, key_1GTD, value_1GTD, scaling)
+
+
+_LIBRARY = torch.library.Library("millrace", "DEF")
+_LIBRARY.define(
+    "slot_attention(int slot_cache, int layer, Tensor query, Tensor key, Tensor value, float? scaling) -> Tensor"
+)
+_LIBRARY.impl("slot_attention", _attend, "CompositeExplicitAutograd")
 
 
 def register() -> None:

@@ -34,9 +34,10 @@ from rollout_workers.engines.protocol import (
     TokenChunk,
 )
 from rollout_workers.engines.torch_engine import loader
-from rollout_workers.engines.torch_engine.attention import SlotBatch, SlotCache
+from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
-from rollout_workers.engines.torch_engine.sampler import sample, uniforms
+from rollout_workers.engines.torch_engine.forward import Forward
+from rollout_workers.engines.torch_engine.sampler import sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
 from rollout_workers.engines.torch_engine.stop_strings import StopMatcher, StopStrings
@@ -67,14 +68,13 @@ class TorchEngine:
         self.cache = SlotCache(config.slots, config.max_len)
         self.counters = Counters()
         self.paused = False
-        self._device, self._dtype = model.device, model.dtype
+        self._compute = _forward_of(model, self.cache, config.trace)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._stops = StopStrings(tokenizer, self._vocabulary)
         self._matchers: dict[int, StopMatcher] = {}
         self._eos = _eos_mask(model, self._vocabulary)
         self._requests: dict[str, GenerateRequest] = {}
         self._outbox: list[TokenChunk] = []
-        self._warm_up()
 
     @property
     def weight_bytes(self) -> int:
@@ -251,26 +251,13 @@ class TorchEngine:
         """One pass over the step's tokens; returns a sampled token and its log-probability for each sample row."""
         slots = plan.sample_slots
         rows = plan.sample_rows if len(slots) else np.zeros(1, np.int64)
-        logits_RV = self._logits(plan, rows)
+        logits_RV = self._compute(plan, rows)
         if not len(slots):
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         table = self.table
-        draws = uniforms(table.seed[slots], table.length[slots])
+        draws = table.uniforms[slots, table.length[slots]]
         tokens, logprobs = sample(logits_RV, table.temperature[slots], table.top_k[slots], table.top_p[slots], draws)
         return tokens.cpu().numpy().astype(np.int32), logprobs.cpu().numpy()
-
-    def _logits(self, plan: StepPlan, rows: IntArray) -> Tensor:
-        """float32 [R, V] of the given rows of the step."""
-        batch = SlotBatch(self.cache, plan, self._device, self._dtype)
-        output = self.model(
-            input_ids=torch.from_numpy(plan.tokens).to(self._device)[None],
-            position_ids=batch.positions_T[None],
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(rows).to(self._device),
-            slot_batch=batch,
-        )
-        logits_RV: Tensor = output.logits[0]
-        return logits_RV.float()
 
     def _record(
         self, slots: IntArray, tokens: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], version: int
@@ -358,21 +345,21 @@ class TorchEngine:
             error=error,
         )
 
-    def _warm_up(self) -> None:
-        """Run one token, so that a model which bypasses the attention interface is refused here."""
-        zero = np.zeros(1, np.int64)
-        plan = StepPlan(SERVED, zero, zero, np.zeros(1, np.int32), 1, (), zero)
-        try:
-            with torch.inference_mode():
-                self._logits(plan, zero)
-        except (ValueError, TypeError) as error:
-            raise loader.ModelError(f"{type(self.model).__name__} cannot run in the torch engine: {error}") from error
-        layers = int(self.model.config.get_text_config().num_hidden_layers)
-        if len(self.cache.layers) != layers:
-            raise loader.ModelError(
-                f"{type(self.model).__name__}: {len(self.cache.layers)} of its {layers} layers use the attention "
-                "interface; the torch engine needs all of them to"
-            )
+
+def _forward_of(model: PreTrainedModel, cache: SlotCache, trace: bool) -> Forward:
+    """Raises ModelError for a model that bypasses the attention interface or wants more of it than there is."""
+    name = type(model).__name__
+    try:
+        forward = Forward(model, cache, trace=trace)
+    except (ValueError, TypeError) as error:
+        raise loader.ModelError(f"{name} cannot run in the torch engine: {error}") from error
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if len(cache.layers) != layers:
+        raise loader.ModelError(
+            f"{name}: {len(cache.layers)} of its {layers} layers use the attention interface; the torch engine needs "
+            "all of them to"
+        )
+    return forward
 
 
 def build_engine(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rollout_workers.engines.protocol import GenerateRequest
+from rollout_workers.engines.torch_engine.uniforms import uniforms
 
 SERVED = -1
 """The ``pin`` of a slot that is generated with whatever weights are served."""
@@ -48,7 +49,8 @@ class SlotTable:
         self.temperature = np.ones(slots, np.float32)
         self.top_p = np.ones(slots, np.float32)
         self.top_k = np.zeros(slots, np.int64)
-        self.seed = np.zeros(slots, np.uint64)
+        self.uniforms = np.zeros((slots, max_len))
+        """The random numbers that the tokens of the running request are drawn with."""
         self.stop_ids = np.full((slots, 1), -1, np.int64)
         self.cached = np.zeros(slots, np.int64)
         """Prompt tokens that the request found in the cache; -1 once reported."""
@@ -96,7 +98,9 @@ class SlotTable:
         self.temperature[slot] = request.temperature
         self.top_p[slot] = 1.0 if greedy else request.top_p
         self.top_k[slot] = 0 if greedy else request.top_k
-        self.seed[slot] = request.seed % 2**64
+        self.uniforms[slot, size : size + request.max_tokens] = uniforms(
+            np.uint64(request.seed % 2**64), np.arange(size, size + request.max_tokens)
+        )
         self._set_stop_ids(slot, request.stop_token_ids)
         self.idle.pop(slot, None)
         self.running[slot] = True

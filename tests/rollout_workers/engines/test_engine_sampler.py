@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout_workers.engines.torch_engine.sampler import mix, sample, uniforms
+from rollout_workers.engines.torch_engine.sampler import sample
+from rollout_workers.engines.torch_engine.uniforms import mix, uniforms
 
 
 def draw(logits: torch.Tensor, uniform: list[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):  # type: ignore[no-untyped-def]
