@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from env_pool.registry import TaskSource
 from experience.entries import EventKind, InFlight, QueueEvent
 from experience.records import GroupHeader
@@ -314,7 +316,7 @@ class Controller:
         for actor in self._supervisor.actors.values():
             if actor.role.name == "engine" and engine_name(actor.index, actor.attempt) == name:
                 self.progress.event(f"{name} did not take the weights ({reason})")
-                actor.handle.stop.remote()
+                ray.kill(actor.handle)
 
     # Dispatch
 

@@ -16,12 +16,12 @@ from orchestrator.view import LiveView
 
 def evaluate_checkpoint(config: Config, directory: RunDirectory, step: int | None, console: Console) -> dict[str, Any]:
     """The evaluation's result (see `orchestrator.evaluation.Evaluation.result`). Raises LaunchError, CheckpointError."""
-    from learner.checkpoint_files import checkpoint_at, latest_checkpoint, read_state
+    from learner.checkpoint import checkpoint_path, latest, read_checkpoint
 
-    found = latest_checkpoint(directory.checkpoints) if step is None else checkpoint_at(directory.checkpoints, step)
+    found = latest(directory.checkpoints) if step is None else checkpoint_path(directory.checkpoints, step)
     if found is None:
         raise launch.LaunchError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
-    version = int(read_state(found)["version"])
+    version = read_checkpoint(found).version
     own = copy.deepcopy(config)
     own.run.dir = str(directory.path / f"eval-{found.name}")
     own.run.steps = version

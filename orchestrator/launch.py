@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets as secret_numbers
 import shutil
 import signal
 import subprocess
@@ -115,8 +114,6 @@ def start_ray(config: Config) -> str | None:
     if cluster.address != "local":
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         return None
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secret_numbers.token_hex(16))
     directory = tempfile.mkdtemp(prefix="millrace-")
     ray.init(
         address="local",
@@ -196,13 +193,13 @@ def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dic
 
 def find_start(config: Config, directory: RunDirectory, model_path: Path) -> Start:
     """Where a resumed run goes on: its newest checkpoint, or the beginning. Raises CheckpointError if that is damaged."""
-    from learner.checkpoint_files import latest_checkpoint, read_state
+    from learner.checkpoint import latest, read_checkpoint
 
-    newest = latest_checkpoint(directory.checkpoints)
+    newest = latest(directory.checkpoints)
     if newest is None:
         return Start(model_path)
-    state = read_state(newest)
-    return Start(model_path, newest, int(state["version"]), int(state["extra"].get("dispatched", 0)))
+    state = read_checkpoint(newest)
+    return Start(model_path, newest, state.version, int(state.extra.get("dispatched", 0)))
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ class Processes:
     def reward(self, index: int, attempt: int) -> Any:
         from env_pool.rewards.actor import RewardActor
 
-        return self._actor(RewardActor, "reward", index, attempt, 0, list(self.config.rewards))
+        return self._actor(RewardActor, "reward", index, attempt, 0, list(self.config.rewards), index)
 
     def engine(self, index: int, attempt: int) -> Any:
         from rollout_workers.engines.actor import EngineActor

@@ -14,7 +14,7 @@ from experience.wire import decode, encode
 from rollout_workers.assignments import Assignment, EpisodeReport
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import RayEngineHandle
-from rollout_workers.worker import RolloutWorker, WorkerPorts
+from rollout_workers.worker import LoopRewards, RolloutWorker, WorkerPorts
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +67,18 @@ class RolloutWorkerActor:
     async def connect(self, queue: Any, controller: Any, environments: list[Any], rewards: list[Any]) -> None:
         """Take the handles of the actors to talk to and get ready. Raises on a bad loop or tokenizer."""
         from env_pool.pool import EnvironmentPool
-        from env_pool.rewards import RewardClient
+        from env_pool.rewards.client import RewardClient
 
         settings = self._settings
         self._pool = EnvironmentPool(environments, settings.environments, self.name)
-        self._rewards = RewardClient(rewards, settings.rewards)
+        self._rewards = RewardClient(rewards, settings.rewards, self.name) if settings.rewards else None
         self._worker = RolloutWorker(
             self.name,
             settings.rollout,
             settings.model_path,
             settings.step_log_directory,
             settings.evaluation_directory,
-            WorkerPorts(self._pool, self._rewards, QueueDeliverer(queue, controller)),
+            WorkerPorts(self._pool, self._rewards or LoopRewards(), QueueDeliverer(queue, controller)),
             settings.concurrency,
             settings.lock_step,
         )
@@ -98,7 +98,8 @@ class RolloutWorkerActor:
         self._pool.replace(index, handle)
 
     async def replace_reward(self, index: int, handle: Any) -> None:
-        self._rewards.replace(index, handle)
+        if self._rewards is not None:
+            self._rewards.replace(index, handle)
 
     async def recover(self, directories: list[str]) -> None:
         """Read the step logs of dead workers."""

@@ -27,7 +27,7 @@ from typing import Protocol
 from env_pool.coalesce import Coalescer
 from env_pool.errors import Fault
 from env_pool.registry import load_environment
-from env_pool.rewards import RewardResult, RewardSample
+from env_pool.rewards.records import RewardResult, RewardSample
 from experience.entries import EpisodeEntry, make_entry
 from experience.journal import Journal
 from experience.records import Status
@@ -255,13 +255,13 @@ class RolloutWorker:
 
     async def _score(self, context: EpisodeContext, status: Status) -> RewardResult:
         sample = RewardSample(
+            episode_id=context.episode_id,
             task=context.task,
             outcome=context.outcome,
             final_text=context.final_text,
             status=status,
             turns=sum(builder.generations for builder in context.builders),
             sampled_tokens=sum(builder.sampled for builder in context.builders),
-            loop_parts=context.reward_parts,
         )
         self._counts["in_reward"] += 1
         try:
@@ -270,9 +270,10 @@ class RolloutWorker:
             raise EpisodeFailed("reward_fault", str(fault)) from fault
         finally:
             self._counts["in_reward"] -= 1
-        if result.value is None:
-            raise EpisodeFailed("reward_fault", result.error or "a reward branch gave no reason")
-        return result
+        total = with_loop_parts(result, context.reward_parts)
+        if total.reward is None:
+            raise EpisodeFailed("reward_fault", total.error or "no reason was given")
+        return total
 
     async def _deliver(
         self, assignment: Assignment, context: EpisodeContext, status: Status, reward: RewardResult, seconds: float
@@ -285,7 +286,7 @@ class RolloutWorker:
         ]
         timings = {"total": seconds, "generate": context.generate_s, "environment": context.environment_s}
         for trajectory in trajectories:
-            trajectory.reward = reward.value
+            trajectory.reward = reward.reward
             trajectory.reward_parts = dict(reward.parts)
             trajectory.timings = timings
         entry = make_entry(trajectories)
@@ -305,7 +306,7 @@ class RolloutWorker:
             episode_id=context.episode_id,
             purpose=assignment.purpose,
             status=status,
-            reward=reward.value,
+            reward=reward.reward,
             domain=task.domain,
             difficulty=task.difficulty,
             turns=sum(builder.generations for builder in context.builders),
@@ -355,6 +356,25 @@ class RolloutWorker:
     async def _report(self, reports: list[EpisodeReport]) -> list[None]:
         await self._ports.deliverer.report(reports)
         return [None] * len(reports)
+
+
+class LoopRewards:
+    """The scorer of a run without reward branches: the loops give the rewards themselves."""
+
+    async def score(self, sample: RewardSample) -> RewardResult:
+        return RewardResult(reward=0.0, parts={})
+
+
+def with_loop_parts(result: RewardResult, parts: dict[str, float]) -> RewardResult:
+    """The branches' reward plus what the loop gave; no reward when neither gave anything."""
+    if result.reward is None:
+        return result
+    if not result.parts and not parts:
+        return RewardResult(
+            reward=None,
+            error="there are no reward branches (rewards: []) and the rollout loop did not call episode.reward(...)",
+        )
+    return RewardResult(reward=result.reward + sum(parts.values()), parts={**result.parts, **parts})
 
 
 def _forget(record: StepRecord) -> None:
