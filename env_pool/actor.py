@@ -77,7 +77,9 @@ class EnvironmentActor:
     async def forget_client(self, client: str) -> int:
         """Close what a dead worker left behind; returns how many environments that were."""
         self._server.forget(client)
-        return self._drop([lease for lease, hosted in self._hosted.items() if hosted.client == client])
+        closing = self._drop([lease for lease, hosted in self._hosted.items() if hosted.client == client])
+        await asyncio.gather(*closing)
+        return len(closing)
 
     async def health(self) -> dict[str, Any]:
         """``leases`` now open, and ``calls``, ``faults`` and ``hung`` environments so far; ``healthy``; ``pid``."""
@@ -194,16 +196,18 @@ class EnvironmentActor:
         if now - self._swept_at > self._config.idle_lease_s / 10:
             self._swept_at = now
             limit = now - self._config.idle_lease_s
-            if closed := self._drop([lease for lease, hosted in self._hosted.items() if hosted.used_at < limit]):
-                logger.warning("environment actor %d: closed %d environments nobody used", self._index, closed)
+            if closing := self._drop([lease for lease, hosted in self._hosted.items() if hosted.used_at < limit]):
+                logger.warning("environment actor %d: closes %d environments nobody used", self._index, len(closing))
 
-    def _drop(self, leases: list[str]) -> int:
+    def _drop(self, leases: list[str]) -> list[asyncio.Future[bytes]]:
+        started: list[asyncio.Future[bytes]] = []
         for lease in leases:
             call = Call(lease=lease, method=Method.CLOSE, timeout_s=self._config.step_timeout_s)
             closing = asyncio.ensure_future(self._handle("", encode(call)))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        return len(leases)
+            started.append(closing)
+        return started
 
 
 def _expect(kind: type[Any], value: Any, hosted: _Hosted, call: Call) -> Any:
