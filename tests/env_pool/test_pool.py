@@ -104,15 +104,14 @@ async def test_a_failing_reset_and_an_unknown_class_are_named() -> None:
 
 
 async def test_a_hang_ends_in_its_time_out_and_holds_up_nobody() -> None:
-    async with serve(EnvironmentsConfig(step_timeout_s=0.5)) as (pool, handles):
+    async with serve(EnvironmentsConfig(step_timeout_s=2.0)) as (pool, handles):
         bad, good = await pool.lease(make_task(Broken)), await pool.lease(make_task(Counter))
         await asyncio.gather(bad.reset(), good.reset())
         hanging = asyncio.create_task(bad.step("hang"))
-        began = time.monotonic()
         for _ in range(10):
             await good.step("add 1")
-        assert time.monotonic() - began < 0.4
-        with pytest.raises(EnvironmentFault, match=r"'broken', step: hung: no return within 0.5 s"):
+        assert not hanging.done()
+        with pytest.raises(EnvironmentFault, match=r"'broken', step: hung: no return within 2 s"):
             await hanging
         assert (await good.step("add 1")).observation == "11"
         health = await handles[0].target.health()
@@ -300,3 +299,15 @@ async def test_what_a_dead_worker_left_is_closed() -> None:
         actor = handles[0].target
         assert await actor.forget_client("worker") == 3
         assert (await actor.health())["leases"] == 0
+
+
+async def test_an_environment_nobody_calls_any_more_is_closed() -> None:
+    async with serve(EnvironmentsConfig(idle_lease_s=0.05)) as (pool, handles):
+        abandoned = await pool.lease(make_task(Counter))
+        await abandoned.reset()
+        await asyncio.sleep(0.1)
+        other = await pool.lease(make_task(Counter))
+        await other.reset()
+        actor = handles[0].target
+        assert await actor.forget_client("nobody") == 0
+        assert (await actor.health())["leases"] == 1
