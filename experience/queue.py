@@ -53,6 +53,7 @@ class ExperienceQueue:
         self._budget_bytes = int(config.budget_mb * (1 << 20))
         self._waiting_consumers: set[str] = set()
         self._refused_bytes: int | None = None
+        self._committed_step = -1
         self._last_ack: tuple[int, frozenset[str], int] = (-1, frozenset(), 0)
 
     @classmethod
@@ -67,6 +68,7 @@ class ExperienceQueue:
         """
         queue = cls(config, policy, journal=journal, state=rebuild(journal, committed_step, now))
         queue.revert(committed_step)
+        queue.commit(committed_step)
         for group in list(queue._state.live.values()):
             if not group.finished:
                 queue._settle(group, now)
@@ -270,14 +272,21 @@ class ExperienceQueue:
 
     def commit(self, step: int) -> None:
         """A checkpoint holds every step up to ``step``; what is needed to undo those is forgotten."""
+        self._committed_step = max(self._committed_step, step)
         self._state.commit(step)
 
     def revert(self, committed_step: int) -> list[str]:
         """The learner went back to the checkpoint of ``committed_step``: deliver what it trained since then again.
 
         All leases return. Returns the ids of the groups to be trained again, in order. Raises ``QueueError`` without a
-        journal, which alone still has their trajectories.
+        journal, which alone still has their trajectories, and for a checkpoint before the last one committed, for which
+        ``recover`` is the way.
         """
+        if committed_step < self._committed_step:
+            raise QueueError(
+                f"cannot go back to step {committed_step}: step {self._committed_step} is committed; resume the run from "
+                f"that checkpoint instead"
+            )
         if self._journal is None:
             raise QueueError("going back to an earlier checkpoint needs trajectories on disk: set queue.journal=true")
         self._write("revert", RevertRecord(committed_step))

@@ -132,6 +132,20 @@ def test_what_runs_again_may_be_as_old_as_the_checkpoint(tmp_path: Path) -> None
     assert ids(again.lease("learner", 1, 0, 0.0)) == ["g0"]
 
 
+def test_going_back_beyond_the_last_commit_is_refused(tmp_path: Path) -> None:
+    queue = start(tmp_path)
+    for index in range(4):
+        fill(queue, index)
+    step(queue, 0)
+    step(queue, 1)
+    queue.commit(1)
+    with pytest.raises(QueueError, match="cannot go back to step 0: step 1 is committed"):
+        queue.revert(0)
+    queue.flush()
+    with pytest.raises(QueueError, match="step 0 is committed"):
+        recover(tmp_path, committed_step=0).revert(-1)
+
+
 def test_going_back_without_a_journal_is_refused() -> None:
     with pytest.raises(QueueError, match=r"queue\.journal=true"):
         make_queue().revert(0)
