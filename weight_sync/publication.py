@@ -86,8 +86,9 @@ class Publication:
 
     def actions(self) -> list[Action]:
         """What to do now; empty while answers are outstanding. Handing an action out removes it."""
-        actions, self._actions = self._actions, []
-        return [self._without_dead(action) for action in actions]
+        alive = [self._without_dead(action) for action in self._actions]
+        self._actions = []
+        return [action for action in alive if action.members or action.kind in (Phase.ANNOUNCE, Phase.EXPIRE)]
 
     def announced(self, members: Iterable[str]) -> None:
         """These members take part."""

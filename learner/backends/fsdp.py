@@ -1,8 +1,7 @@
 """The PyTorch backend: a Hugging Face model, AdamW with warm-up, gradient sums.
 
-One rank trains the plain module. With more ranks the module is sharded by ``fully_shard`` at the one place where the model
-is built, and the publication gathers; everything else stays as it is. Weights and optimizer state are float32; with
-another ``dtype`` the forward pass runs under autocast and that dtype is what engines get.
+There is one rank so far, which trains the plain module. Weights and optimizer state are float32; with another ``dtype``
+the forward pass runs under autocast, and that dtype is what engines get.
 """
 
 from __future__ import annotations

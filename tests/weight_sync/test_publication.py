@@ -80,6 +80,16 @@ def test_a_member_that_dies_between_its_commits_frees_the_next() -> None:
     assert publication.phase is Phase.IDLE
 
 
+def test_an_action_for_a_member_that_died_before_it_was_handed_out_is_gone() -> None:
+    publication = Publication()
+    to_stage(publication, 1, ["a", "b"])
+    publication.actions()
+    publication.staged("a")
+    publication.staged("b")
+    publication.died("a")
+    assert publication.actions() == [Action(Phase.COMMIT, 1, ("b",))]
+
+
 def test_a_broken_transfer_is_repeated_for_those_without_the_version() -> None:
     publication = Publication(max_transfers=2)
     to_stage(publication, 1, ["a", "b", "c"])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from transport_processes import make_weights
 from weight_sync.config import WeightsConfig
 from weight_sync.errors import WeightTransferError
 from weight_sync.tensors import unique_tensors
-from weight_sync.transports import shared_memory
+from weight_sync.transports import collective, shared_memory
 from weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
-from weight_sync.transports.protocol import SharedMemoryOffer, decode_offer
+from weight_sync.transports.protocol import CollectiveOffer, SharedMemoryOffer, decode_offer
 from weight_sync.transports.select import choose_transport, make_sender
 from weight_sync.transports.shared_memory import SharedMemoryReceiver, SharedMemorySender
 
@@ -128,13 +128,59 @@ def test_a_receiver_killed_mid_broadcast_is_an_error_in_time_and_the_rest_goes_o
     with pytest.raises(WeightTransferError, match="broadcast of version 1 to survivor, victim failed"):
         sender.send()
     assert time.monotonic() - began < TIMEOUT_S + 3
-    assert victim.process.exitcode in (None, -signal.SIGKILL)
+    victim.process.join(10)
+    assert victim.process.exitcode == -signal.SIGKILL
     survivor.result()
     offer = sender.offer(["survivor"])
     survivor.begin(offer)
     sender.send()
     expect(survivor.result(), 1, scale=100)
     sender.close()
+
+
+def test_the_group_outlives_a_version_and_an_offer_to_nobody(start_engines: Any) -> None:
+    (engine,) = start_engines("e0")
+    sender = CollectiveSender(bucket_bytes=BUCKET_BYTES, timeout_s=30.0)
+    epochs = []
+    for version in (1, 2):
+        sender.prepare(version, make_weights(version), [])
+        offer = sender.offer(["e0"])
+        decoded = decode_offer(offer)
+        assert isinstance(decoded, CollectiveOffer)
+        epochs.append(decoded.epoch)
+        engine.begin(offer)
+        sender.send()
+        expect(engine.result(), version)
+    assert epochs == [1, 1]
+    sender.close()
+
+
+def test_two_broadcasts_of_one_process_never_interleave() -> None:
+    waiting, other = CollectiveSender(timeout_s=4.0), CollectiveSender(timeout_s=0.5)
+    waiting.prepare(1, make_weights(1), ["absent"])
+    other.prepare(1, make_weights(1), ["absent"])
+
+    def send_to_nobody_there() -> None:
+        with pytest.raises(WeightTransferError, match="broadcast of version 1 to absent failed"):
+            waiting.send()
+
+    thread = threading.Thread(target=send_to_nobody_there)
+    thread.start()
+    assert _becomes_true(collective._sending.locked)
+    with pytest.raises(WeightTransferError, match=r"waited 0\.5 s for another broadcast of this process to end"):
+        other.send()
+    thread.join(30)
+    waiting.close()
+    other.close()
+
+
+def _becomes_true(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def test_a_member_that_never_comes_is_an_error_in_time() -> None:
@@ -237,6 +283,20 @@ def test_weights_overwritten_during_the_fetch_are_refused(tmp_path: Path) -> Non
 
     with pytest.raises(WeightTransferError, match="holds version 3, not the offered version 1"):
         SharedMemoryReceiver().fetch(offer, on_tensor)
+    sender.close()
+
+
+def test_a_reader_killed_mid_fetch_disturbs_nobody(tmp_path: Path, start_engines: Any) -> None:
+    survivor, victim = start_engines("survivor", "victim")
+    sender = SharedMemorySender(directory=tmp_path, bucket_bytes=BUCKET_BYTES)
+    offer = sender.prepare(1, make_weights(1))
+    victim.begin(offer, kill_after=2)
+    victim.process.join(10)
+    assert victim.process.exitcode == -signal.SIGKILL
+    for version in (1, 2):
+        survivor.begin(offer)
+        expect(survivor.result(), version)
+        offer = sender.prepare(version + 1, make_weights(version + 1))
     sender.close()
 
 

@@ -164,9 +164,18 @@ class CollectiveSender:
         return self.offer(members)
 
     def offer(self, members: Sequence[str]) -> bytes:
+        if not self._flat_in_use.acquire(timeout=self._timeout_s):
+            raise WeightTransferError(f"offer to {list(members)}: the broadcast before it did not end")
+        try:
+            return encode_offer(self._make_offer(members))
+        finally:
+            self._flat_in_use.release()
+
+    def _make_offer(self, members: Sequence[str]) -> CollectiveOffer:
         if self._manifest is None:
             raise WeightTransferError("no version has been prepared yet: call prepare first")
-        if tuple(members) != self._members or self._group is None:
+        # An offer to nobody needs no group, and must not cost the members of the last one theirs.
+        if members and (tuple(members) != self._members or self._group is None):
             self._discard_group()
             self._epoch += 1
             self._members = tuple(members)
@@ -181,7 +190,7 @@ class CollectiveSender:
             ranks={name: rank for rank, name in enumerate(members, start=1)},
             timeout_s=self._timeout_s,
         )
-        return encode_offer(self._offer)
+        return self._offer
 
     def send(self) -> None:
         offer = self._offer

@@ -75,7 +75,11 @@ def decode_offer(data: bytes) -> Offer:
 
 
 class WeightSender(Protocol):
-    """The learner's side. Not thread-safe, except that ``send`` may run beside everything but ``prepare``."""
+    """The learner's side.
+
+    ``send`` may run in another thread than the rest, but an offer and its ``send`` belong together: the caller makes the
+    next offer after the ``send`` of the one before.
+    """
 
     kind: str
 
