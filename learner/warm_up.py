@@ -104,19 +104,51 @@ def _make_optimizers(model: Any, settings: WarmUpSettings) -> list[tuple[torch.o
 def _loss(model: Any, batch: Sequence[Demonstration]) -> torch.Tensor:
     """Mean cross entropy over the trained tokens of a batch.
 
-    Rows are padded on the right, where causal attention needs no mask; only positions whose next token is trained go
-    through the output layer.
+    Demonstrations share rows (short ones would be mostly padding), each seeing only itself; only positions whose next
+    token is trained go through the output layer.
     """
-    length = max(len(demonstration.tokens) for demonstration in batch)
-    tokens_BT = torch.zeros(len(batch), length, dtype=torch.long)
-    trained_BT = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, demonstration in enumerate(batch):
-        size = len(demonstration.tokens)
-        tokens_BT[row, :size] = torch.tensor(demonstration.tokens)
-        trained_BT[row, :size] = torch.tensor(demonstration.trained)
+    rows = _pack_rows([len(demonstration.tokens) for demonstration in batch])
+    length = max(sum(len(batch[index].tokens) for index in row) for row in rows)
+    tokens_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    positions_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    owners_BT = torch.full((len(rows), length), -1)
+    predicts_BT = torch.zeros(len(rows), length, dtype=torch.bool)
+    """Whether the next token is the same demonstration's and trained."""
+    for row, indices in enumerate(rows):
+        start = 0
+        for index in indices:
+            tokens, trained = batch[index]
+            part = slice(start, start + len(tokens))
+            tokens_BT[row, part] = torch.tensor(tokens)
+            positions_BT[row, part] = torch.arange(len(tokens))
+            owners_BT[row, part] = index
+            predicts_BT[row, start : part.stop - 1] = torch.tensor(trained[1:])
+            start = part.stop
+    same_BTT = owners_BT[:, :, None] == owners_BT[:, None, :]
+    visible_B1TT = (same_BTT & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
     device = next(model.parameters()).device
-    tokens_BT, trained_BT = tokens_BT.to(device), trained_BT.to(device)
-    hidden_BTD = model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
-    predicts_BT = trained_BT[:, 1:]
-    logits_NV = model.get_output_embeddings()(hidden_BTD[:, :-1][predicts_BT])
-    return nn.functional.cross_entropy(logits_NV.float(), tokens_BT[:, 1:][predicts_BT])
+    hidden_BTD = model.base_model(
+        input_ids=tokens_BT.to(device),
+        position_ids=positions_BT.to(device),
+        attention_mask=visible_B1TT.to(device),
+        use_cache=False,
+    ).last_hidden_state
+    targets_N = tokens_BT.roll(-1, 1)[predicts_BT].to(device)
+    logits_NV = model.get_output_embeddings()(hidden_BTD[predicts_BT.to(device)])
+    return nn.functional.cross_entropy(logits_NV.float(), targets_N)
+
+
+def _pack_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by row: the longest first, each into the first row with room; a row has room for the longest of all."""
+    room = max(lengths)
+    rows: list[list[int]] = []
+    filled: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fitting = (row for row, used in enumerate(filled) if used + lengths[index] <= room)
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            filled.append(0)
+        rows[row].append(index)
+        filled[row] += lengths[index]
+    return rows
