@@ -73,7 +73,6 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
-    seed: int = 0
 
     def validate(self) -> None:
         """Raises ValueError, naming the key and what would be right."""
