@@ -175,8 +175,6 @@ class Publication:
         if not left:
             self._finish()
             return
-        if self._rolling and any(m in self._committing for m in left):
-            return
         fresh = tuple(m for m in (left[:1] if self._rolling else left) if m not in self._committing)
         if fresh:
             self._committing.update(fresh)

@@ -44,6 +44,15 @@ def test_resuming_is_continuing_bit_for_bit(model_directory: Path, tmp_path: Pat
     assert copy.version == 4
 
 
+def test_the_random_numbers_go_on_where_they_were(model_directory: Path, tmp_path: Path) -> None:
+    learner = make_learner(model_directory)
+    torch.rand(7)
+    path = learner.save(tmp_path)
+    expected = torch.rand(5)
+    resumed(path)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_a_checkpoint_is_a_hugging_face_directory(two_checkpoints: Path) -> None:
     from transformers import AutoModelForCausalLM
 
