@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 import numpy as np
@@ -28,6 +28,7 @@ VERSION_STYLES = ("bright_green", "bright_yellow", "bright_magenta", "bright_cya
 
 ROLE_STYLES = {"prompt": "white", "observation": "cyan", "model": "bright_green"}
 MASKED_STYLE = "strike dim"
+PIPE_WIDTH = 160
 
 
 class ShowError(RuntimeError):
@@ -41,16 +42,14 @@ def render_list(found: Found, shown: Sequence[Episode]) -> RenderableType:
     """A table with a line for each episode of ``shown``, and what could not be read."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("episode", "from", "task", "status", "reward", "tokens", "versions", "lag"):
-        is_number = name in ("reward", "tokens", "lag")
-        # Numbers keep their width in a narrow terminal; names are cut.
-        table.add_column(
-            name, no_wrap=True, justify="right" if is_number else "left", min_width=len(name) if is_number else None
-        )
+        # In a narrow terminal rich makes the columns that may wrap narrower: those whose text can be cut.
+        justify: Literal["left", "right"] = "right" if name in ("reward", "tokens", "lag") else "left"
+        table.add_column(name, no_wrap=name not in ("task", "status"), justify=justify)
     for episode in shown:
         table.add_row(
             episode.episode_id,
             _place(episode),
-            f"{episode.domain or episode.task_id} {episode.difficulty or ''}".strip(),
+            _cut(f"{episode.domain or episode.task_id} {episode.difficulty or ''}".strip()),
             _status(episode),
             _reward(episode.reward),
             str(episode.tokens) if episode.positions else "-",
@@ -71,8 +70,13 @@ def _place(episode: Episode) -> str:
 
 def _status(episode: Episode) -> Text:
     if episode.dropped:
-        return Text(episode.dropped, style="yellow")
-    return Text(str(episode.status), style="" if episode.status is Status.FINISHED else "yellow")
+        return _cut(episode.dropped, "yellow")
+    return _cut(str(episode.status), "" if episode.status is Status.FINISHED else "yellow")
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """Text that is cut with an ellipsis where there is no room."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _reward(reward: float | None) -> Text:
@@ -320,6 +324,12 @@ def _nothing(found: Found, selection: Selection) -> str:
     return f"none of the {len(found.episodes)} episodes matches; leave a condition out{problems}"
 
 
+def _console() -> Console:
+    """Standard output; wide where it is a file or a pipe, so that nothing is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, PIPE_WIDTH))
+
+
 @click.command("show")
 @click.argument("run", type=click.Path())
 @click.option("--episode", help="Show this episode token by token.")
@@ -346,6 +356,6 @@ def show_command(
     """List the episodes of RUN, or show one of them in colour."""
     selection = Selection(episode, group, step, success, domain, evaluations)
     try:
-        show(run, selection, Console(), sort=sort, last=last, logprobs=logprobs)
+        show(run, selection, _console(), sort=sort, last=last, logprobs=logprobs)
     except (RunDirectoryError, ShowError) as error:
         raise click.ClickException(str(error)) from error

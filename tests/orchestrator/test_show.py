@@ -166,6 +166,14 @@ def test_list_shows_reward_versions_and_fate(run: RunDirectory) -> None:
     assert "6 of 6 episodes" in listed
 
 
+def test_in_a_narrow_terminal_ids_and_numbers_stay_whole(run: RunDirectory) -> None:
+    found = read_episodes(run)
+    line = next(line for line in text(render_list(found, found.episodes), width=66).splitlines() if "g0-0" in line)
+    assert line.split()[0] == "g0-0"
+    assert "…" in line
+    assert line.split()[-4:] == ["1.00", "5", "v3-4", "2"]
+
+
 def test_a_trajectory_shows_turns_versions_rewards_and_times(run: RunDirectory) -> None:
     episode = next(e for e in read_episodes(run).episodes if e.episode_id == "g0-0")
     (part,) = render_episode(run, episode, logprobs=True)
