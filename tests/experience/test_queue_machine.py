@@ -111,6 +111,11 @@ class QueueMachine(RuleBasedStateMachine):
         versions = [data.draw(st.integers(self.floors[group_id], self.engine)) for _ in range(tokens)]
         self.offer(entry(group_id, episode_id, versions, padding))
 
+    def finish_one(self, group_id: str) -> bool:
+        """The first missing episode of a group arrives, if the budget allows it."""
+        missing = [e for group in self.queue.in_flight() if group.header.group_id == group_id for e in group.missing]
+        return bool(missing) and self.offer(entry(group_id, missing[0], [self.engine]))
+
     def offer(self, episode: EpisodeEntry) -> bool:
         busy = self.queue.ready_groups + self.queue.leased_groups
         added = self.queue.add(episode, self.now)
@@ -282,12 +287,11 @@ class QueueMachine(RuleBasedStateMachine):
         """Whatever happened, finishing the episodes and training empties the queue."""
         if not hasattr(self, "queue"):
             return
-        for _ in range(10 * len(self.floors) + 10):
+        for _ in range(20 * len(self.floors) + 20):
             if not self.live:
                 break
             self.engine = self.version
-            waited_for = [(g.header.group_id, e) for g in self.queue.in_flight() for e in g.missing]
-            progress = sum(self.offer(entry(g, e, [self.engine])) for g, e in waited_for)
+            progress = sum(self.finish_one(group.header.group_id) for group in self.queue.in_flight())
             progress += self.take(self.groups_per_update - len(self.taken))
             if len(self.taken) == self.groups_per_update or (not progress and self.taken):
                 self.acknowledge()
