@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,29 +29,38 @@ from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import GenerateRequest
 from rollout_workers.engines.torch_engine import TorchEngine
 
-PROMPT_TOKENS = 20
+VOCABULARY = 256
 TIME_OUT_S = 120.0
+
+Prompt = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``requests`` requests at once, each of ``shortest`` to ``longest`` new tokens (uniform)."""
+    """``requests`` requests at once; numbers of new tokens and of prompt tokens are uniform in their ranges."""
 
     name: str
     requests: int
-    shortest: int
-    longest: int
+    new_tokens: tuple[int, int]
+    prompt_tokens: tuple[int, int]
 
     def lengths(self, seed: int) -> list[int]:
         rng = np.random.default_rng(seed)
-        return [int(length) for length in rng.integers(self.shortest, self.longest + 1, self.requests)]
+        return [int(length) for length in rng.integers(*self.new_tokens, self.requests, endpoint=True)]
+
+    def prompts(self, seed: int, vocabulary: int) -> list[Prompt]:
+        rng = np.random.default_rng([seed, 1])
+        sizes = rng.integers(*self.prompt_tokens, self.requests, endpoint=True)
+        return [rng.integers(0, vocabulary, size).astype(np.int32) for size in sizes]
 
 
 WORKLOADS = (
-    Workload("uniform 32 x 64", 32, 64, 64),
-    Workload("uniform 128 x 32", 128, 32, 32),
-    Workload("ragged 32 x 8-128", 32, 8, 128),
-    Workload("ragged 128 x 8-128", 128, 8, 128),
+    Workload("uniform 32 x 64", 32, (64, 64), (20, 20)),
+    Workload("uniform 128 x 32", 128, (32, 32), (20, 20)),
+    Workload("ragged 32 x 8-128", 32, (8, 128), (20, 20)),
+    Workload("ragged 128 x 8-128", 128, (8, 128), (20, 20)),
+    Workload("ragged 32 x 8-128, prompts 8-32", 32, (8, 128), (8, 32)),
+    Workload("ragged 128 x 8-128, prompts 8-32", 128, (8, 128), (8, 32)),
 )
 
 
@@ -59,7 +69,7 @@ class Contender(Protocol):
 
     name: str
 
-    def run(self, prompts: npt.NDArray[np.int32], lengths: list[int]) -> None: ...
+    def run(self, prompts: list[Prompt], lengths: list[int]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -72,7 +82,7 @@ class Embedded:
     def __init__(self, model: PreTrainedModel) -> None:
         self._engine = TorchEngine(copy.deepcopy(model), None, EnginesConfig(device=model.device.type))
 
-    def run(self, prompts: npt.NDArray[np.int32], lengths: list[int]) -> None:
+    def run(self, prompts: list[Prompt], lengths: list[int]) -> None:
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             self._engine.submit(
                 GenerateRequest(request_id=f"{row}", session_id=f"{row}", prompt=prompt, max_tokens=length, seed=row)
@@ -89,7 +99,7 @@ class Embedded:
 
 
 class Generate:
-    """One ``model.generate`` call over the whole batch, without log-probabilities."""
+    """One ``model.generate`` call over the whole batch (padded on the left), without log-probabilities."""
 
     name = "model.generate"
 
@@ -97,14 +107,18 @@ class Generate:
         self._model = copy.deepcopy(model)
         self._model.set_attn_implementation("sdpa")
 
-    def run(self, prompts: npt.NDArray[np.int32], lengths: list[int]) -> None:
-        ids = torch.from_numpy(prompts.astype(np.int64)).to(self._model.device)
+    def run(self, prompts: list[Prompt], lengths: list[int]) -> None:
+        width = max(len(prompt) for prompt in prompts)
+        padded = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int64)
+        real = np.stack([np.arange(width) >= width - len(prompt) for prompt in prompts]).astype(np.int64)
+        device = self._model.device
+        ids, mask = torch.from_numpy(padded).to(device), torch.from_numpy(real).to(device)
         settings = GenerationConfig(
             max_new_tokens=max(lengths), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
         )
         with torch.inference_mode():
-            out = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        _check(self.name, out.shape[1] - prompts.shape[1], max(lengths))
+            out = self._model.generate(ids, attention_mask=mask, generation_config=settings)
+        _check(self.name, out.shape[1] - width, max(lengths))
 
     def close(self) -> None:
         del self._model
@@ -127,7 +141,7 @@ class ContinuousBatching:
         self._manager.start()
         self._requests = 0
 
-    def run(self, prompts: npt.NDArray[np.int32], lengths: list[int]) -> None:
+    def run(self, prompts: list[Prompt], lengths: list[int]) -> None:
         for prompt, length in zip(prompts, lengths, strict=True):
             self._requests += 1
             self._manager.add_request(prompt.tolist(), request_id=f"{self._requests}", max_new_tokens=length)
@@ -143,14 +157,14 @@ class ContinuousBatching:
         self._manager.stop(block=True, timeout=TIME_OUT_S)
 
 
-CONTENDERS: tuple[type[Contender], ...] = (Embedded, Generate, ContinuousBatching)
+CONTENDERS: tuple[Callable[[PreTrainedModel], Contender], ...] = (Embedded, Generate, ContinuousBatching)
 
 
 def quickstart_sized_model(seed: int, device: str) -> PreTrainedModel:
     """A Qwen3 of the quickstart's shape (2 layers, hidden 128, 0.3 M parameters) with random float32 weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=256,
+        vocab_size=VOCABULARY,
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -189,7 +203,7 @@ def run(
         "machine": _machine(device),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "seeds": [seed],
-        "settings": {"repeats": repeats, "threads": threads, "device": device, "prompt_tokens": PROMPT_TOKENS},
+        "settings": {"repeats": repeats, "threads": threads, "device": device},
         "results": rows,
     }
     if json_path is not None:
@@ -199,7 +213,7 @@ def run(
 
 def _measure(workload: Workload, contenders: list[Contender], repeats: int, seed: int) -> dict[str, Any]:
     """Median tokens/s of each contender on one workload; a first, unmeasured round warms up."""
-    prompts = np.random.default_rng(seed).integers(0, 256, (workload.requests, PROMPT_TOKENS)).astype(np.int32)
+    prompts = workload.prompts(seed, VOCABULARY)
     lengths = workload.lengths(seed)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for repeat in range(repeats + 1):
@@ -242,7 +256,7 @@ def _machine(device: str) -> dict[str, Any]:
 def engine(json_path: str | None, repeats: int, threads: int, seed: int, device: str) -> None:
     """Tokens/s of the embedded engine against model.generate and transformers' continuous batching."""
     result = run(json_path, repeats=repeats, threads=threads, seed=seed, device=device)
-    names = [make.name for make in CONTENDERS]
+    names = list(result["results"][0]["tokens_per_s"])
     click.echo(f"{'tokens/s (ratio to model.generate)':36}" + "".join(f"{name:>24}" for name in names))
     for row in result["results"]:
         cells = [f"{row['tokens_per_s'][n]:>12,.0f} ({row['ratio_to_generate'][n]:.2f})" for n in names]

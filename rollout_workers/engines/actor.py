@@ -86,7 +86,7 @@ class EngineActor:
         from weight_sync.transports.select import AnyReceiver
 
         if self._receiver is None:
-            self._receiver = AnyReceiver(self.name, device=self._engine.device)
+            self._receiver = AnyReceiver(self.name, device=self._engine.model.device)
         version: int = await asyncio.to_thread(self._fetch, offer)
         return version
 

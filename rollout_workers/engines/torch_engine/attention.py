@@ -9,6 +9,7 @@ Shapes: T tokens, H query heads, G key/value heads, D head size, S slots, L posi
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import count
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -20,13 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
+from rollout_workers.engines.torch_engine.slot_table import IntArray
 
 ATTENTION_NAME = "millrace_slots"
 """The ``attn_implementation`` to load a model with. No mask function has this name, so transformers makes no mask."""
 
-SPAN_DENSITY = 0.5
-"""Above this share of decoding slots in the span from the first to the last, attending over the span is cheaper than
-gathering the slots' keys and values (which costs about one more pass over them)."""
+LONGEST = 1 << 20
+"""No sequence is longer than this."""
 
 LENGTH_STEP = 16
 """Attended lengths are rounded up to a multiple of this, so that shapes repeat from step to step."""
@@ -66,6 +67,17 @@ class SlotCache:
             keys[slots] = 0
             values[slots] = 0
 
+    @torch.inference_mode()
+    def swap(self, low: IntArray, high: IntArray, length: int) -> None:
+        """Exchange the first ``length`` positions of slots ``low[i]`` and ``high[i]``."""
+        device = next(iter(self.layers.values()))[0].device
+        to = _to_device(np.concatenate([low, high]), device)
+        source = _to_device(np.concatenate([high, low]), device)
+        for pair in self.layers.values():
+            for tensor in pair:
+                used = tensor[:, :, :length]
+                used.index_copy_(0, to, used.index_select(0, source))
+
     def nbytes(self) -> int:
         return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
 
@@ -75,15 +87,14 @@ class SlotCache:
 
 
 class _Decode:
-    """N decoding rows: one query each, over a span of slots or over gathered ones."""
+    """N decoding rows, one query each, over the span of slots from the first of them to the last."""
 
     def __init__(self, plan: StepPlan, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
         slots, positions = plan.slots[: plan.decodes], plan.positions[: plan.decodes]
         self.low, self.high = int(slots[0]), int(slots[-1]) + 1
         self.length = _round_up(int(positions.max()) + 1, max_len)
         span = self.high - self.low
-        self.gather = _to_device(slots, device) if len(slots) < SPAN_DENSITY * span else None
-        self.rows = _to_device(slots - self.low, device) if self.gather is None and len(slots) < span else None
+        self.rows = _to_device(slots - self.low, device) if len(slots) < span else None
         last_N = positions
         if self.rows is not None:
             last_N = np.zeros(span, np.int64)
@@ -93,13 +104,11 @@ class _Decode:
     def attend(self, query_NHD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, scaling: float | None) -> Tensor:
         count, heads, size = query_NHD.shape
         query_NGRD = query_NHD.reshape(count, keys_SGLD.shape[1], -1, size)
-        if self.gather is None:
-            keys, values = (kv[self.low : self.high, :, : self.length] for kv in (keys_SGLD, values_SGLD))
-            if self.rows is not None:
-                spread = query_NGRD.new_zeros(self.high - self.low, *query_NGRD.shape[1:])
-                query_NGRD = spread.index_copy_(0, self.rows, query_NGRD)
-        else:
-            keys, values = (kv[:, :, : self.length].index_select(0, self.gather) for kv in (keys_SGLD, values_SGLD))
+        if self.rows is not None:
+            spread = query_NGRD.new_zeros(self.high - self.low, *query_NGRD.shape[1:])
+            query_NGRD = spread.index_copy_(0, self.rows, query_NGRD)
+        keys = keys_SGLD[self.low : self.high, :, : self.length]
+        values = values_SGLD[self.low : self.high, :, : self.length]
         out = scaled_dot_product_attention(query_NGRD, keys, values, attn_mask=self.mask_N11L, scale=scaling)
         if self.rows is not None:
             out = out.index_select(0, self.rows)
@@ -214,8 +223,15 @@ def register() -> None:
 
 def _visible(last: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Additive mask: 0 up to and including position ``last``, minus infinity after it; adds a dimension ``length``."""
-    hidden = torch.arange(length, device=last.device) > last[..., None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=last.device).masked_fill_(hidden, -torch.inf)
+    positions, zero, hidden = _mask_parts(last.device, dtype)
+    return torch.where(positions[:length] <= last[..., None], zero, hidden)
+
+
+@cache
+def _mask_parts(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What every mask is made of: positions (of any sequence that may come), 0 and minus infinity."""
+    ends = torch.tensor([0.0, -torch.inf], dtype=dtype, device=device)
+    return torch.arange(LONGEST, device=device), ends[0], ends[1]
 
 
 def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:

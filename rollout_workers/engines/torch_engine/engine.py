@@ -37,10 +37,11 @@ from rollout_workers.engines.torch_engine import loader
 from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
 from rollout_workers.engines.torch_engine.forward import Forward
-from rollout_workers.engines.torch_engine.sampler import sample
+from rollout_workers.engines.torch_engine.requests import refusal
+from rollout_workers.engines.torch_engine.sampler import draw, sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
-from rollout_workers.engines.torch_engine.stop_strings import StopMatcher, StopStrings
+from rollout_workers.engines.torch_engine.stop_strings import StopStrings
 from rollout_workers.engines.torch_engine.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ class TorchEngine:
         self._compute = _forward_of(model, self.cache, config.trace)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._stops = StopStrings(tokenizer, self._vocabulary)
-        self._matchers: dict[int, StopMatcher] = {}
         self._eos = _eos_mask(model, self._vocabulary)
         self._requests: dict[str, GenerateRequest] = {}
         self._outbox: list[TokenChunk] = []
@@ -127,6 +127,9 @@ class TorchEngine:
             return chunks
         for slot in self.scheduler.admit():
             self._prepare(slot)
+        moves = self.scheduler.compact()
+        if moves is not None:
+            self.cache.swap(*moves, self.table.swap(*moves))
         plan = self.scheduler.plan()
         if plan is None:
             return chunks
@@ -211,25 +214,9 @@ class TorchEngine:
 
     def _refusal(self, request: GenerateRequest) -> str | None:
         """Why a request cannot be served, or None."""
-        prompt, size = request.prompt, len(request.prompt)
-        if size == 0:
-            return "the prompt is empty; give at least one token"
-        if prompt.min() < 0 or prompt.max() >= self._vocabulary:
-            return f"the prompt has token ids outside 0..{self._vocabulary - 1}"
-        if request.max_tokens < 1:
-            return f"max_tokens={request.max_tokens}: must be at least 1"
-        if size + request.max_tokens > self.config.max_len:
-            return (
-                f"prompt of {size} + max_tokens={request.max_tokens} exceed engines.max_len={self.config.max_len}; "
-                "shorten one or raise engines.max_len"
-            )
-        if not (request.temperature >= 0 and 0 < request.top_p <= 1 and request.top_k >= 0):
-            return (
-                f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: must be at least "
-                "0, in (0, 1] and at least 0"
-            )
-        if request.pinned_version is not None and request.pinned_version not in self.weights.pinned:
-            return f"version {request.pinned_version} is not pinned here (pinned: {sorted(self.weights.pinned)})"
+        reason = refusal(request, self._vocabulary, self.config.max_len, self.weights.pinned)
+        if reason is not None:
+            return reason
         if self.scheduler.busy(request.session_id):
             return f"session {request.session_id!r} has a request in flight; one at a time"
         try:
@@ -244,7 +231,7 @@ class TorchEngine:
         assert request is not None
         self.counters.cached_tokens += int(self.table.cached[slot])
         if request.stop:
-            self._matchers[slot] = self._stops.matcher(request.stop)
+            self.table.matcher[slot] = self._stops.matcher(request.stop)
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -256,7 +243,11 @@ class TorchEngine:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         table = self.table
         draws = table.uniforms[slots, table.length[slots]]
-        tokens, logprobs = sample(logits_RV, table.temperature[slots], table.top_k[slots], table.top_p[slots], draws)
+        if table.plain[slots].all():
+            tokens, logprobs = draw(logits_RV, draws)
+        else:
+            settings = table.temperature[slots], table.top_k[slots], table.top_p[slots]
+            tokens, logprobs = sample(logits_RV, *settings, draws)
         return tokens.cpu().numpy().astype(np.int32), logprobs.cpu().numpy()
 
     def _record(
@@ -264,25 +255,27 @@ class TorchEngine:
     ) -> list[TokenChunk]:
         """Append the sampled tokens to their sequences, end those that are complete, and report what is due."""
         table = self.table
-        sound = np.isfinite(logprobs)
-        chunks = [] if sound.all() else [self._poisoned(slot, version) for slot in slots[~sound].tolist()]
-        slots, tokens, logprobs = slots[sound], tokens[sound], logprobs[sound]
+        chunks = []
+        if not np.isfinite(logprobs).all():
+            sound = np.isfinite(logprobs)
+            chunks = [self._poisoned(slot, version) for slot in slots[~sound].tolist()]
+            slots, tokens, logprobs = slots[sound], tokens[sound], logprobs[sound]
         positions = table.length[slots]
         table.tokens[slots, positions] = tokens
         table.logprobs[slots, positions] = logprobs
         table.versions[slots, positions] = version
-        table.length[slots] = positions + 1
+        table.length[slots] = lengths = positions + 1
         self.counters.generated_tokens += len(slots)
-        stopped = self._eos[tokens] | (table.stop_ids[slots] == tokens[:, None]).any(1)
-        full = positions + 1 >= table.limit[slots]
-        matches = self._stop_strings(slots, tokens) if self._matchers else {}
-        due = positions + 1 - table.emitted[slots] >= self.config.stream_every
-        report = stopped | full | due
-        if matches:
-            report |= np.isin(slots, list(matches))
+        full = lengths >= table.limit[slots]
+        stopped, matches = self._eos[tokens], dict[int, str]()
+        if table.stops[slots].any():
+            stopped |= (table.stop_ids[slots] == tokens[:, None]).any(1)
+            matches = self._stop_strings(slots, tokens)
+            stopped |= np.isin(slots, list(matches))
+        report = stopped | full | (lengths - table.emitted[slots] >= self.config.stream_every)
         for index in np.flatnonzero(report).tolist():
             slot = int(slots[index])
-            if slot in matches or stopped[index]:
+            if stopped[index]:
                 chunks.append(self._finish(slot, FinishReason.STOP, stop_match=matches.get(slot)))
             elif full[index]:
                 chunks.append(self._finish(slot, FinishReason.LENGTH))
@@ -294,7 +287,7 @@ class TorchEngine:
         """The slots whose last token completes a stop string, with that string."""
         matches = {}
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-            matcher = self._matchers.get(slot)
+            matcher = self.table.matcher[slot]
             if matcher is not None and matcher.may_complete[token]:
                 request = self.table.request[slot]
                 assert request is not None
@@ -314,7 +307,6 @@ class TorchEngine:
         self, slot: int, reason: FinishReason, *, stop_match: str | None = None, error: str | None = None
     ) -> TokenChunk:
         chunk = self._chunk(slot, reason, stop_match, error)
-        self._matchers.pop(slot, None)
         del self._requests[chunk.request_id]
         self.table.finish(slot)
         return chunk

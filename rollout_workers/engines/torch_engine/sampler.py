@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 
 
+def draw(logits_RV: Tensor, uniform_R: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from the softmax of its logits, by inverting the cumulative distribution.
+
+    Args:
+        logits_RV: float32 [R, V].
+        uniform_R: numbers in [0, 1), one a row.
+
+    Returns:
+        Token ids int64 [R] and their log-probabilities float32 [R].
+    """
+    probabilities_RV = logits_RV.softmax(-1)
+    cumulative_RV = probabilities_RV.cumsum(-1, dtype=torch.float64)
+    threshold_R1 = torch.from_numpy(uniform_R).to(logits_RV.device)[:, None] * cumulative_RV[:, -1:]
+    tokens_R1 = torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=logits_RV.shape[-1] - 1)
+    return tokens_R1[:, 0], probabilities_RV.gather(1, tokens_R1)[:, 0].log_()
+
+
 def sample(
     logits_RV: Tensor,
     temperature_R: npt.NDArray[np.float32],
@@ -15,7 +32,7 @@ def sample(
     top_p_R: npt.NDArray[np.float32],
     uniform_R: npt.NDArray[np.float64],
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution.
+    """As :func:`draw`, after temperature, top-k and top-p (in that order), each row with its own.
 
     Args:
         logits_RV: float32 [R, V].
@@ -35,14 +52,14 @@ def sample(
         logits_RV = logits_RV / torch.from_numpy(divisor_R).to(device)[:, None]
     if top_k_R.any() or (top_p_R < 1).any():
         logits_RV = _filter(logits_RV, top_k_R, top_p_R)
-    logprobs_RV = logits_RV.log_softmax(-1)
-    cumulative_RV = logprobs_RV.exp().cumsum(-1, dtype=torch.float64)
-    threshold_R1 = torch.from_numpy(uniform_R).to(device)[:, None] * cumulative_RV[:, -1:]
-    tokens_R1 = torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=logits_RV.shape[-1] - 1)
+    tokens_R, logprobs_R = draw(logits_RV, uniform_R)
     if greedy_R.any():
-        greedy_R1 = torch.from_numpy(greedy_R).to(device)[:, None]
-        tokens_R1 = torch.where(greedy_R1, logits_RV.argmax(-1, keepdim=True), tokens_R1)
-    return tokens_R1[:, 0], logprobs_RV.gather(1, tokens_R1)[:, 0]
+        best_R1 = logits_RV.argmax(-1, keepdim=True)
+        on_device_R = torch.from_numpy(greedy_R).to(device)
+        tokens_R = torch.where(on_device_R, best_R1[:, 0], tokens_R)
+        best_logprob_R = logits_RV.log_softmax(-1).gather(1, best_R1)[:, 0]
+        logprobs_R = torch.where(on_device_R, best_logprob_R, logprobs_R)
+    return tokens_R, logprobs_R
 
 
 def _filter(logits_RV: Tensor, top_k_R: npt.NDArray[np.int64], top_p_R: npt.NDArray[np.float32]) -> Tensor:

@@ -21,6 +21,9 @@ from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, Sl
 PREFILL_GAIN = 8
 """Tokens that prefill in about the time in which one decodes: the exchange rate of ``KvPolicy.AUTO``."""
 
+COMPACTION_OVERHEAD = 4
+"""Fixed cost of exchanging slots, in slots attended over four steps."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -117,6 +120,25 @@ class Scheduler:
         table.drop(victim)
         self.evicted += 1
         return True
+
+    def compact(self) -> tuple[IntArray, IntArray] | None:
+        """The slots to exchange so that the running ones are next to each other, or None if that is not worth it.
+
+        Decoding attends over all slots from the first to the last running one, so a hole costs as much as a running
+        slot, in every step. An exchange costs about four such slots, once (twice two slots are read and written), and
+        ``COMPACTION_OVERHEAD`` is its fixed part. With an outlook of four steps it is worth it when
+
+            exchanged + COMPACTION_OVERHEAD <= holes
+        """
+        running = np.flatnonzero(self.table.running)
+        count = len(running)
+        if not count or running[-1] - running[0] + 1 - count <= COMPACTION_OVERHEAD:
+            return None
+        high = running[running >= count]
+        holes = int(running[-1] - running[0]) + 1 - count
+        if len(high) + COMPACTION_OVERHEAD > holes:
+            return None
+        return np.flatnonzero(~self.table.running[:count]), high
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing runs. Requests on different weights take turns, one step each."""

@@ -12,12 +12,16 @@ session, a prompt longer than one step's budget and a KV recomputed after a weig
 from __future__ import annotations
 
 import heapq
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rollout_workers.engines.protocol import GenerateRequest
 from rollout_workers.engines.torch_engine.uniforms import uniforms
+
+if TYPE_CHECKING:
+    from rollout_workers.engines.torch_engine.stop_strings import StopMatcher
 
 SERVED = -1
 """The ``pin`` of a slot that is generated with whatever weights are served."""
@@ -49,12 +53,18 @@ class SlotTable:
         self.temperature = np.ones(slots, np.float32)
         self.top_p = np.ones(slots, np.float32)
         self.top_k = np.zeros(slots, np.int64)
+        self.plain = np.ones(slots, np.bool_)
+        """Sampled from the softmax of the logits: temperature 1, no top-k, no top-p."""
+        self.stops = np.zeros(slots, np.bool_)
+        """Whether the request has stop token ids or stop strings."""
         self.uniforms = np.zeros((slots, max_len))
         """The random numbers that the tokens of the running request are drawn with."""
         self.stop_ids = np.full((slots, 1), -1, np.int64)
         self.cached = np.zeros(slots, np.int64)
         """Prompt tokens that the request found in the cache; -1 once reported."""
         self.request: list[GenerateRequest | None] = [None] * slots
+        self.matcher: list[StopMatcher | None] = [None] * slots
+        """Finds the stop strings of the running request, if it has any."""
         self.session: list[str | None] = [None] * slots
         self.slot_of: dict[str, int] = {}
         self.idle: dict[int, None] = {}
@@ -101,6 +111,8 @@ class SlotTable:
         self.uniforms[slot, size : size + request.max_tokens] = uniforms(
             np.uint64(request.seed % 2**64), np.arange(size, size + request.max_tokens)
         )
+        self.plain[slot] = (request.temperature, request.top_p, request.top_k) == (1, 1, 0)
+        self.stops[slot] = bool(request.stop or request.stop_token_ids)
         self._set_stop_ids(slot, request.stop_token_ids)
         self.idle.pop(slot, None)
         self.running[slot] = True
@@ -111,8 +123,27 @@ class SlotTable:
     def finish(self, slot: int) -> None:
         """End the request of a slot; the session keeps the slot and its KV, and becomes the last to be evicted."""
         self.running[slot] = False
-        self.request[slot] = None
+        self.request[slot] = self.matcher[slot] = None
         self.idle[slot] = None
+
+    def swap(self, low: IntArray, high: IntArray) -> int:
+        """Exchange the contents of slots ``low[i]`` and ``high[i]``; returns the length of the longest of them."""
+        to, source = np.concatenate([low, high]), np.concatenate([high, low])
+        used = int(max(self.limit[to].max(), self.length[to].max()))
+        for array in vars(self).values():
+            if isinstance(array, np.ndarray):
+                part = array[:, :used] if array.shape[1:] == (self.max_len,) else array
+                part[to] = part[source]
+        renamed = dict(zip(to.tolist(), source.tolist(), strict=True))
+        columns: tuple[list[Any], ...] = (self.request, self.matcher, self.session)
+        for column in columns:
+            moved = [column[slot] for slot in renamed.values()]
+            for slot, value in zip(renamed, moved, strict=True):
+                column[slot] = value
+        self.slot_of = {name: renamed.get(slot, slot) for name, slot in self.slot_of.items()}
+        self.idle = {renamed.get(slot, slot): None for slot in self.idle}
+        self._free = sorted(renamed.get(slot, slot) for slot in self._free)
+        return int(self.length[to].max())
 
     def _shared_prefix(self, slot: int, prompt: npt.NDArray[np.int32]) -> int:
         """Length of the longest prefix of ``prompt`` in the cache, leaving at least one token to compute."""

@@ -134,7 +134,7 @@ async def test_a_failing_step_reaches_everyone_who_waits() -> None:
         await asyncio.sleep(0)
     core.cache.layers.clear()
     core.cache.slots = 0
-    with pytest.raises(EngineFailedError, match="the engine failed: IndexError"):
+    with pytest.raises(EngineFailedError, match="the engine failed"):
         await running
     with pytest.raises(EngineFailedError):
         await engine.health()

@@ -1,0 +1,33 @@
+"""Which requests an engine refuses, and with what words."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from rollout_workers.engines.protocol import GenerateRequest
+
+
+def refusal(request: GenerateRequest, vocabulary: int, max_len: int, pinned: Set[int]) -> str | None:
+    """Why a request by itself cannot be served, or None."""
+    prompt, size = request.prompt, len(request.prompt)
+    if size == 0:
+        return "the prompt is empty; give at least one token"
+    if prompt.min() < 0 or prompt.max() >= vocabulary:
+        return f"the prompt has token ids outside 0..{vocabulary - 1}"
+    if request.max_tokens < 1:
+        return f"max_tokens={request.max_tokens}: must be at least 1"
+    if size + request.max_tokens > max_len:
+        return (
+            f"prompt of {size} + max_tokens={request.max_tokens} exceed engines.max_len={max_len}; shorten one or "
+            "raise engines.max_len"
+        )
+    if not (request.temperature >= 0 and 0 < request.top_p <= 1 and request.top_k >= 0):
+        return (
+            f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: must be at least 0, in "
+            "(0, 1] and at least 0"
+        )
+    if "" in request.stop:
+        return "an empty stop string; remove it"
+    if request.pinned_version is not None and request.pinned_version not in pinned:
+        return f"version {request.pinned_version} is not pinned here (pinned: {sorted(pinned)})"
+    return None
