@@ -3,8 +3,9 @@
 ==============  ================================  ===============================  ================================
 loop            consumes                          produces                         waits for
 ==============  ================================  ===============================  ================================
-``run``         groups leased from the queue      one version a step, an ack,      groups; the publication before
-                                                  metrics, checkpoints             the last one
+``run``         groups leased from the queue      one version a step, an ack,      groups; the publication of the
+                                                  metrics, checkpoints             version before
+``prepare``     the weights of the last step      a copy for the transport         nothing
 ==============  ================================  ===============================  ================================
 
 Computation runs on a thread, so that the actor answers calls (and keeps the next lease open) meanwhile.
@@ -59,6 +60,8 @@ class LearnerActor:
         self._sender: Any = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._prepared = -1
+        self._copied = asyncio.Event()
+        self._copied.set()
         self._phase = "starting"
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
@@ -85,7 +88,7 @@ class LearnerActor:
             if publication is not None:
                 with _Timer(self, "publishing"):
                     await publication
-            await self._compute(self._prepare)
+            self._copied.clear()
             publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
             await controller.step_done.remote(version, {**metrics, **self._shares()})
             if self._is_due(version):
@@ -95,6 +98,13 @@ class LearnerActor:
             await publication
         self._phase = "finished"
         return int(self._learner.version)
+
+    async def prepare(self, version: int) -> None:
+        """Copy the weights of ``version`` aside; training goes on, the next update waits for this."""
+        if self._learner.version != version:
+            raise RuntimeError(f"the learner is at version {self._learner.version}, not {version}")
+        await asyncio.to_thread(self._prepare)
+        self._copied.set()
 
     async def offer(self, version: int, members: list[str]) -> bytes:
         """The offer of the prepared version for these engines; `send` must follow."""
@@ -143,6 +153,8 @@ class LearnerActor:
             with _Timer(self, "training"):
                 group_ids += await self._compute(self._learner.add, encoded)
             self._groups = len(group_ids)
+        with _Timer(self, "publishing"):
+            await asyncio.wait_for(self._copied.wait(), settings.weights.timeout_s * 4)
         with _Timer(self, "training"):
             metrics: dict[str, float] = await self._compute(self._learner.finish_step)
         metrics["time/step_s"] = time.monotonic() - began_at

@@ -99,7 +99,7 @@ class Controller:
             config.weights,
             plan.version,
             self._transfer,
-            FleetEvents(self._expire, self._served, self._committed, self._engine_broken),
+            FleetEvents(self._expire, self._prepare, self._served, self._committed, self._engine_broken),
         )
         self._missing: dict[str, list[int]] = {}
         self._evaluation: Evaluation | None = None
@@ -426,6 +426,9 @@ class Controller:
                 logger.error("version %d: transfer: %s", version, first_line(result))
         return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
 
+    async def _prepare(self, version: int) -> None:
+        await self._one("learner").prepare.remote(version)
+
     async def _expire(self, version: int) -> None:
         await self._one("queue").expire.remote(version)
 
@@ -505,4 +508,5 @@ async def resolve(reference: Any) -> Any:
 
 def members_of(group: InFlight) -> list[int]:
     """Indices of the episodes that are missing."""
-    return [int(episode_id.rpartition("/")[2]) for episode_id in group.missing]
+    missing = set(group.missing)
+    return [member for member in range(group.header.size) if group.header.episode_id(member) in missing]

@@ -29,6 +29,8 @@ class FleetEvents:
 
     expire: Callable[[int], Awaitable[None]]
     """Drop what a version makes useless."""
+    prepare: Callable[[int], Awaitable[None]]
+    """Have the learner copy this version aside; until the next call it is the one that `transfer` moves."""
     served: Callable[[int], Awaitable[None]]
     """The oldest version that any engine serves has changed."""
     committed: Callable[[int], Awaitable[None]]
@@ -78,6 +80,7 @@ class Fleet:
     async def publish(self, version: int) -> None:
         """Bring ``version``, which the learner holds, to all engines in service."""
         async with self._moving:
+            await self._events.prepare(version)
             self._publication.offer(version)
             while self._publication.phase is not Phase.IDLE:
                 actions = self._publication.actions()
@@ -85,6 +88,7 @@ class Fleet:
                     raise RuntimeError(f"publication of version {version} came to a halt in {self._publication.phase}")
                 for action in actions:
                     await self._carry_out(action)
+            self.membership.advance(version)  # also with nobody in service: whoever joins must load it
             await self._events.committed(version)
         await self._tell_served()
 

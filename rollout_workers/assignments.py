@@ -62,7 +62,3 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     replayed_steps: int = 0
     continued_requests: int = 0
     rewrites: int = 0
-
-
-def episode_id_of(group_id: str, member: int) -> str:
-    return f"{group_id}-{member}"

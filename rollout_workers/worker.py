@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from env_pool.rewards.records import RewardResult, RewardSample
 from experience.entries import EpisodeEntry, make_entry
 from experience.journal import Journal
 from experience.records import Status
-from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats, episode_id_of
+from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats
 from rollout_workers.chat import ChatTokenizer
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import EngineClient, EngineHandle
@@ -103,6 +104,7 @@ class RolloutWorker:
         self._recorded = RecordedSteps()
         self._slots = {purpose: asyncio.Semaphore(concurrency) for purpose in Purpose}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group_of: dict[str, str] = {}
         self._live = 0
         self._counts: Counter[str] = Counter()
         self.engines = EngineClient(name, barrier=(lambda held: held >= self._live) if lock_step else None)
@@ -121,18 +123,19 @@ class RolloutWorker:
         """Start the episodes of ``assignments``; returns at once."""
         for assignment in assignments:
             for member in assignment.members:
-                episode_id = episode_id_of(assignment.header.group_id, member)
+                episode_id = assignment.header.episode_id(member)
                 if episode_id in self._tasks:
                     continue
                 task = asyncio.create_task(self._run_episode(assignment, member, episode_id))
                 self._tasks[episode_id] = task
-                task.add_done_callback(lambda _, key=episode_id: self._tasks.pop(key, None))  # type: ignore[misc]
+                self._group_of[episode_id] = assignment.header.group_id
+                task.add_done_callback(partial(self._forget_task, episode_id))
 
     def cancel(self, group_ids: list[str]) -> None:
         """Stop the episodes of groups that can no longer be used."""
         wanted = set(group_ids)
         for episode_id, task in list(self._tasks.items()):
-            if episode_id.rpartition("/")[0] in wanted:
+            if self._group_of[episode_id] in wanted:
                 task.cancel()
 
     def stats(self) -> WorkerStats:
@@ -162,6 +165,11 @@ class RolloutWorker:
         self._step_log.close()
         if self._evaluation is not None:
             self._evaluation.close()
+
+    def _forget_task(self, episode_id: str, task: asyncio.Task[None]) -> None:
+        del task
+        self._tasks.pop(episode_id, None)
+        self._group_of.pop(episode_id, None)
 
     async def _run_episode(self, assignment: Assignment, member: int, episode_id: str) -> None:
         async with self._slots[assignment.purpose]:

@@ -1,0 +1,125 @@
+"""Runs of the real `millrace` command in a process of its own, watched and disturbed from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+ACTORS = {
+    "worker": "RolloutWorkerActor",
+    "engine": "EngineActor",
+    "environment": "EnvironmentActor",
+    "reward": "RewardActor",
+    "learner": "LearnerActor",
+    "queue": "QueueActor",
+    "controller": "Controller",
+}
+
+
+class MillraceProcess:
+    """One `millrace` command. Leaves no process behind."""
+
+    def __init__(self, *arguments: str, directory: Path, cwd: Path | None = None) -> None:
+        self.directory = directory
+        self._output = directory.with_suffix(".output")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "PYTHONPATH": PATH}
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.cli", *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd or REPOSITORY,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """Exit status; kills everything and fails when it takes longer."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not over after {timeout_s} s:\n{self.output[-4000:]}") from None
+        finally:
+            self.close()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_for_step(self, step: int, timeout_s: float = 90.0) -> None:
+        """Until the metrics tell of learner step ``step``."""
+        self._wait_until(lambda: len(training_lines(self.directory)) >= step, f"step {step}", timeout_s)
+
+    def kill(self, role: str) -> int:
+        """kill -9 the actor of a role; returns its process id."""
+        title = f"ray::{ACTORS[role]}"
+        found = [
+            p for p in psutil.Process(self._process.pid).children(recursive=True) if title in " ".join(p.cmdline())
+        ]
+        assert found, f"no process of {title}"
+        found[0].send_signal(signal.SIGKILL)
+        return found[0].pid
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def kill_all(self) -> None:
+        """kill -9 the command and everything it started."""
+        self.close()
+
+    def close(self) -> None:
+        try:
+            processes = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            processes = []
+        if self.running:
+            self._process.kill()
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait(30)
+
+    def _wait_until(self, condition: Any, what: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.running, f"the run ended before {what}:\n{self.output[-4000:]}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output[-4000:]}"
+            time.sleep(0.05)
+
+
+def training_lines(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of the learner steps so far."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line for line in lines if "time/step_s" in line]
+
+
+def summary_of(directory: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    return summary
+
+
+def assert_balanced(summary: dict[str, Any]) -> None:
+    """Every dispatched group was trained, dropped with a reason, or is live; the same in tokens."""
+    ledger, tokens = summary["ledger"], summary["tokens"]
+    assert ledger["dispatched"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["live"]
+    if not ledger["live"]:
+        assert tokens["generated"] == tokens["trained"] + tokens["masked"] + tokens["wasted"]

@@ -1,0 +1,92 @@
+"""Real runs of the real command, disturbed from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from run_processes import MillraceProcess, assert_balanced, summary_of, training_lines
+
+SMALL = [
+    "rollout.groups_per_update=4",
+    "rollout.group_size=4",
+    "rollout.concurrency=24",
+    "tasks.held_out=16",
+    "tasks.environment=coin_environment:CoinEnvironment",
+]
+
+
+def settings(model: Path, run: Path, *more: str) -> list[str]:
+    return ["configs/smoke.yaml", f"model.path={model}", f"run.dir={run}", *SMALL, *more]
+
+
+def test_kill_9_of_each_kind_of_actor_does_not_end_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = MillraceProcess("train", *settings(tiny_model, run, "run.steps=60"), directory=run)
+    for step, role in ((3, "worker"), (13, "engine"), (23, "environment"), (33, "reward")):
+        process.wait_for_step(step)
+        process.kill(role)
+    assert process.wait(180) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert summary["actors_replaced"] == 4
+    assert_balanced(summary)
+    assert summary["ledger"]["trained"] == 60 * 4
+    assert summary["ledger"]["live"] == 0
+    assert summary["lag_max"] <= summary["max_lag"]
+    assert len(training_lines(run)) == 60
+    for role in ("worker", "engine", "environment", "reward"):
+        assert f"{role}-0 is back" in process.output or "replacing it" in process.output
+        assert (run / "logs" / f"{role}-0-1.log").exists()
+
+
+def test_a_run_killed_outright_continues_from_its_checkpoint_and_trains_every_group_once(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = settings(tiny_model, run, "run.steps=24", "run.checkpoint_every=8")
+    process = MillraceProcess("train", *arguments, directory=run)
+    process.wait_for_step(12)
+    process.kill_all()
+    assert not (run / "summary.json").exists()
+    resumed = MillraceProcess("resume", str(run), directory=run)
+    assert resumed.wait(120) == 0, resumed.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert_balanced(summary)
+    assert summary["ledger"]["trained"] == 24 * 4
+    assert [line["step"] for line in training_lines(run)] == list(range(1, 25))
+    assert "continuing from checkpoint step-000008" in resumed.output
+    again = MillraceProcess("resume", str(run), directory=run)
+    assert again.wait(60) == 1
+    assert "it is finished" in again.output
+
+
+@pytest.mark.parametrize("mode", ["sync", "one_step"])
+def test_the_lag_of_the_other_modes(mode: str, tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / mode
+    process = MillraceProcess("train", *settings(tiny_model, run, f"mode={mode}", "run.steps=6"), directory=run)
+    assert process.wait(120) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    bound = 0 if mode == "sync" else 1
+    assert summary["lag_max"] <= bound
+    assert summary["tokens"]["masked"] == 0
+    assert_balanced(summary)
+    lines = training_lines(run)
+    assert all(line["lag/max"] <= bound for line in lines)
+    if mode == "sync":
+        assert all(abs(line["kl/mismatch"]) < 1e-3 for line in lines)
+        assert all(line["kl/mismatch_abs"] < 1e-3 for line in lines)
+
+
+def test_deterministic_runs_with_one_seed_are_identical_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
+    curves = []
+    for name in ("first", "second"):
+        run = tmp_path / name
+        arguments = settings(tiny_model, run, "mode=sync", "run.deterministic=true", "run.steps=6", "run.eval_every=3")
+        process = MillraceProcess("train", *arguments, directory=run)
+        assert process.wait(120) == 0, process.output[-3000:]
+        keys = ("loss", "reward/mean", "grad_norm", "kl/mismatch", "entropy", "tokens/trained")
+        curves.append([[line[key] for key in keys] for line in training_lines(run)])
+    assert len(curves[0]) == 6
+    assert curves[0] == curves[1]
