@@ -37,7 +37,7 @@ class ClumsyClerk:
     """How clumsy: the probability of each possible slip, and from which depth on at least one always happens."""
 
     slip_rate: float = 0.5
-    never_right_from: int = 4
+    never_right_from: int = 5
 
     def act(self, task: Task, rng: random.Random) -> list[str]:
         """Actions of one demonstration in the word syntax, the last one the answer."""
