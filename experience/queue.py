@@ -223,7 +223,7 @@ class ExperienceQueue:
             self._waiting_consumers.add(consumer)
         else:
             self._waiting_consumers.discard(consumer)
-        return [LeasedGroup(header=g.header, episodes=list(g.entries.values()), version=version) for g in taken]
+        return [LeasedGroup(header=g.header, episodes=g.in_order, version=version) for g in taken]
 
     def release(self, consumer: str) -> list[str]:
         """A consumer is lost: its groups are ready again at their old place. Returns their ids."""

@@ -63,6 +63,11 @@ class LiveGroup:
         return self.consumer is not None
 
     @property
+    def in_order(self) -> list[EpisodeEntry]:
+        """The episodes that arrived, in the order of the group, whatever the order of their arrival."""
+        return [self.entries[e] for e in self.header.episode_ids if e in self.entries]
+
+    @property
     def missing(self) -> list[str]:
         """Episodes that have neither arrived nor been given up."""
         return [e for e in self.header.episode_ids if e not in self.entries and e not in self.failed]

@@ -87,7 +87,8 @@ class StreamingStep:
         elif self._sums.normaliser > 0:
             norm = self._backend.step(self._sums.normaliser)
         applied = norm is not None
-        return StepResult({**self._group_metrics(applied), **self._sums.metrics(), **_norm(norm)}, applied, self._bad)
+        metrics = {"loss": 0.0, **self._sums.metrics(), **self._group_metrics(applied), **_norm(norm)}
+        return StepResult(metrics, applied, self._bad)
 
     def _take(self, group: Group) -> None:
         made = make_samples(group, self._version, self._settings.max_lag, self._settings.advantage)
@@ -125,6 +126,10 @@ class StreamingStep:
             metrics["reward/mean"] = float(rewards.mean())
             metrics["reward/std"] = float(rewards.std())
             metrics["success"] = float((rewards >= SUCCESS_REWARD).mean())
+        lags = [sample.lags for group in groups for sample in group.samples]
+        if lags:
+            usable = np.concatenate(lags)
+            metrics["lag/mean"], metrics["lag/max"] = float(usable.mean()), float(usable.max())
         if spans:
             metrics["trajectory_spans"] = float(np.mean(spans))
         return {name: float(value) for name, value in metrics.items()}
