@@ -1,0 +1,29 @@
+"""`millrace bench NAME`: each benchmark is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+BENCHMARKS = {
+    "engine": "benchmarks.engine:engine",
+    "learn": "benchmarks.learn:learn",
+}
+
+
+class BenchGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(BENCHMARKS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in BENCHMARKS:
+            return None
+        module, _, name = BENCHMARKS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(cls=BenchGroup)
+def bench() -> None:
+    """Measure, and write the figures with machine, versions and seeds."""
