@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
 
-import numpy as np
-
 from env_pool.environment import Observation, StepResult
 from env_pool.errors import SystemFault
 from experience.records import Task
@@ -427,15 +425,3 @@ class EpisodeEnvironment:
             assert action is not None
             return encode(await lease.step(action))
         return encode(await lease.outcome())
-
-
-def empty_chunk(request_id: str, reason: FinishReason, error: str | None = None) -> TokenChunk:
-    """A chunk without tokens that ends a request."""
-    return TokenChunk(
-        request_id=request_id,
-        tokens=np.empty(0, np.int32),
-        logprobs=np.empty(0, np.float32),
-        versions=np.empty(0, np.int32),
-        finish_reason=reason,
-        error=error,
-    )
