@@ -7,7 +7,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-RECIPES = {"shop_small": "orchestrator.recipes.shop_small.build"}
+RECIPES = {
+    "shop_small": "orchestrator.recipes.shop_small.build",
+    "shop_untrained": "orchestrator.recipes.shop_untrained",
+}
 """Name to module; the module has ``VERSION`` and ``build(directory, seed, threads, progress)``."""
 
 Progress = Callable[[int, int, float], None]
