@@ -90,3 +90,17 @@ def test_deterministic_runs_with_one_seed_are_identical_bit_for_bit(tiny_model: 
         curves.append([[line[key] for key in keys] for line in training_lines(run)])
     assert len(curves[0]) == 6
     assert curves[0] == curves[1]
+
+
+def test_two_engines_by_broadcast_and_one_of_them_killed(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["engines.replicas=2", "rollout.workers=2", "weights.transport=collective", "weights.timeout_s=10"]
+    process = MillraceProcess("train", *settings(tiny_model, run, "run.steps=30", *more), directory=run)
+    process.wait_for_step(5)
+    process.kill("engine")
+    assert process.wait(180) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert summary["ledger"]["trained"] == 30 * 4
+    assert summary["lag_max"] <= summary["max_lag"]
+    assert_balanced(summary)
