@@ -61,7 +61,8 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_engine(model: PreTrainedModel | None = None, **settings: object) -> TorchEngine:
-    config = EnginesConfig(**({"slots": 16, "max_len": 128} | settings))  # type: ignore[arg-type]
+    """Untraced, unlike the default, because tracing takes a quarter of a second."""
+    config = EnginesConfig(**({"slots": 16, "max_len": 128, "trace": False} | settings))  # type: ignore[arg-type]
     return TorchEngine(copy.deepcopy(model if model is not None else make_model()), make_tokenizer(), config)
 
 

@@ -71,7 +71,7 @@ class AsyncTorchEngine:
                 finished = chunk.finish_reason
                 yield chunk
         finally:
-            if finished is None:
+            if finished is None and self._failure is None:
                 self.engine.abort(request.request_id)
                 self._wake()
             else:
@@ -156,7 +156,6 @@ class AsyncTorchEngine:
             failure.__cause__ = error
             for stream in self._streams.values():
                 stream.put_nowait(failure)
-            raise
 
     def _deliver(self, chunks: list[TokenChunk]) -> None:
         """Give each chunk to its iterator, and the rest to ``on_chunks`` in one call."""

@@ -9,9 +9,10 @@ Shapes: T tokens, H query heads, G key/value heads, D head size, S slots, L posi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -45,7 +46,7 @@ class SlotCache:
         self.slots = slots
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.batch: SlotBatch | None = None
+        self.step: Step | None = None
         """The step that is being computed."""
         self.number = next(SlotCache._numbers)
         """Names this cache where only plain values can pass, as in a traced model."""
@@ -86,33 +87,55 @@ class SlotCache:
         return like_1GTD.new_zeros(self.slots, heads, self.max_len, size)
 
 
-class _Decode:
-    """N decoding rows, one query each, over the span of slots from the first of them to the last."""
+class Step(Protocol):
+    """What the attention of each layer does in one step."""
 
-    def __init__(self, plan: StepPlan, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
-        slots, positions = plan.slots[: plan.decodes], plan.positions[: plan.decodes]
-        self.low, self.high = int(slots[0]), int(slots[-1]) + 1
-        self.length = _round_up(int(positions.max()) + 1, max_len)
-        span = self.high - self.low
-        self.rows = _to_device(slots - self.low, device) if len(slots) < span else None
-        last_N = positions
-        if self.rows is not None:
-            last_N = np.zeros(span, np.int64)
-            last_N[slots - self.low] = positions
-        self.mask_N11L = _visible(_to_device(last_N, device)[:, None], self.length, dtype)[:, None]
+    def attend(
+        self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Store the step's keys and values, then attend; returns ``[1, T, H, D]``."""
+        ...
 
-    def attend(self, query_NHD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, scaling: float | None) -> Tensor:
-        count, heads, size = query_NHD.shape
-        query_NGRD = query_NHD.reshape(count, keys_SGLD.shape[1], -1, size)
-        if self.rows is not None:
-            spread = query_NGRD.new_zeros(self.high - self.low, *query_NGRD.shape[1:])
-            query_NGRD = spread.index_copy_(0, self.rows, query_NGRD)
-        keys = keys_SGLD[self.low : self.high, :, : self.length]
-        values = values_SGLD[self.low : self.high, :, : self.length]
-        out = scaled_dot_product_attention(query_NGRD, keys, values, attn_mask=self.mask_N11L, scale=scaling)
-        if self.rows is not None:
-            out = out.index_select(0, self.rows)
-        return out.reshape(count, heads, -1)
+
+class DecodeStep:
+    """T decoding rows, one query each, over the slots from 0 to the last of theirs. Tensor operations only."""
+
+    def __init__(
+        self, layers: Sequence[tuple[Tensor, Tensor]], slots_T: Tensor, positions_T: Tensor, mask_N11L: Tensor
+    ):
+        self.layers, self.slots_T, self.positions_T, self.mask_N11L = layers, slots_T, positions_T, mask_N11L
+
+    def attend(
+        self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
+    ) -> Tensor:
+        keys, values = self.layers[layer]
+        keys[self.slots_T, :, self.positions_T] = key_1GTD[0].transpose(0, 1)
+        values[self.slots_T, :, self.positions_T] = value_1GTD[0].transpose(0, 1)
+        query_THD = query_1HTD[0].transpose(0, 1)
+        return decode_attention(query_THD, keys, values, self.slots_T, self.mask_N11L, scaling)[None]
+
+
+def decode_attention(
+    query_THD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, slots_T: Tensor, mask_N11L: Tensor, scaling: float | None
+) -> Tensor:
+    """Attend with one query in each of ``slots_T``, over the first N slots and L positions; returns ``[T, H, D]``."""
+    count, heads, size = query_THD.shape
+    span, length = mask_N11L.shape[0], mask_N11L.shape[3]
+    query_TGRD = query_THD.reshape(count, keys_SGLD.shape[1], -1, size)
+    spread_NGRD = query_TGRD.new_zeros(span, query_TGRD.shape[1], query_TGRD.shape[2], size)
+    spread_NGRD.index_copy_(0, slots_T, query_TGRD)
+    keys, values = keys_SGLD[:span, :, :length], values_SGLD[:span, :, :length]
+    out_NGRD = scaled_dot_product_attention(spread_NGRD, keys, values, attn_mask=mask_N11L, scale=scaling)
+    return out_NGRD.index_select(0, slots_T).reshape(count, heads, -1)
+
+
+def decode_mask(plan: StepPlan, max_len: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[N, 1, 1, L]``: what the decoding rows see; slots without one see position 0."""
+    slots, positions = plan.slots[: plan.decodes], plan.positions[: plan.decodes]
+    last_N = np.zeros(slots[-1] + 1, np.int64)
+    last_N[slots] = positions
+    length = _round_up(int(positions.max()) + 1, max_len)
+    return _visible(_to_device(last_N, device), length, dtype)[:, None, None]
 
 
 class _Prefill:
@@ -149,32 +172,45 @@ class _Prefill:
         return out if self.padded is None else out.index_select(0, self.padded)
 
 
-class SlotBatch:
-    """One step's view of the cache, which :func:`slot_attention` finds there as ``batch``."""
+class MixedStep:
+    """Decoding rows first, then prefill chunks."""
 
     def __init__(self, cache: SlotCache, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
         self.cache = cache
+        self.decodes = plan.decodes
         self.slots_T = _to_device(plan.slots, device)
         self.positions_T = _to_device(plan.positions, device)
-        self.decodes = plan.decodes
-        self.decode = _Decode(plan, cache.max_len, device, dtype) if plan.decodes else None
+        self.mask_N11L = decode_mask(plan, cache.max_len, device, dtype) if plan.decodes else None
         self.prefills = [_Prefill(group, cache.max_len, device, dtype) for group in plan.chunks]
 
     def attend(
         self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
     ) -> Tensor:
-        """Store the step's keys and values, then attend; returns ``[1, T, H, D]``."""
         keys, values = self.cache.layer(layer, key_1GTD, value_1GTD)
         keys[self.slots_T, :, self.positions_T] = key_1GTD[0].transpose(0, 1)
         values[self.slots_T, :, self.positions_T] = value_1GTD[0].transpose(0, 1)
         query_THD = query_1HTD[0].transpose(0, 1)
         parts = []
-        if self.decode is not None:
-            parts.append(self.decode.attend(query_THD[: self.decodes], keys, values, scaling))
+        if self.mask_N11L is not None:
+            decoding, slots = query_THD[: self.decodes], self.slots_T[: self.decodes]
+            parts.append(decode_attention(decoding, keys, values, slots, self.mask_N11L, scaling))
         for group in self.prefills:
             rows = query_THD[group.first : group.first + group.tokens]
             parts.append(group.attend(rows.contiguous(), keys, values, scaling))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+class NumberedStep:
+    """The current step of the cache with a certain number, as one operation that a trace can hold."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        self._number = cache.number
+
+    def attend(
+        self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
+    ) -> Tensor:
+        out: Tensor = torch.ops.millrace.slot_attention(self._number, layer, query_1HTD, key_1GTD, value_1GTD, scaling)
+        return out
 
 
 def slot_attention(
@@ -185,28 +221,25 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
-    slot_cache: int,
+    slot_step: Step,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer; ``slot_cache`` is the number of the cache.
+    """The attention function that transformers calls in each layer; ``slot_step`` is a keyword argument of the model.
 
     Raises ValueError where a layer asks for what is not implemented here (soft caps, sinks, biases).
     """
     for name in _NOT_SUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs attention with `{name}`, which the torch engine lacks")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return torch.ops.millrace.slot_attention(slot_cache, layer, query, key, value, scaling), None
-    return _attend(slot_cache, layer, query, key, value, scaling), None
+    return slot_step.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
 
 
 def _attend(
     slot_cache: int, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
 ) -> Tensor:
-    batch = SlotCache.numbered(slot_cache).batch
-    assert batch is not None, "attention outside of a step"
-    return batch.attend(layer, query_1HTD, key_1GTD, value_1GTD, scaling)
+    step = SlotCache.numbered(slot_cache).step
+    assert step is not None, "attention outside of a step"
+    return step.attend(layer, query_1HTD, key_1GTD, value_1GTD, scaling)
 
 
 _LIBRARY = torch.library.Library("millrace", "DEF")

@@ -82,6 +82,11 @@ class TorchEngine:
         return self.weights.nbytes()
 
     @property
+    def traced(self) -> bool:
+        """Whether the forward pass is replayed from a trace."""
+        return self._compute.traced
+
+    @property
     def has_work(self) -> bool:
         """Whether the next step would do or report anything."""
         return bool(self._outbox) or (not self.paused and bool(self._requests))

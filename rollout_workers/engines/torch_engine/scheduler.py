@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, Sl
 PREFILL_GAIN = 8
 """Tokens that prefill in about the time in which one decodes: the exchange rate of ``KvPolicy.AUTO``."""
 
-COMPACTION_OVERHEAD = 4
+COMPACTION_OVERHEAD = 2
 """Fixed cost of exchanging slots, in slots attended over four steps."""
 
 
@@ -52,7 +53,7 @@ class StepPlan:
     sample_rows: IntArray
     """Rows whose logits are sampled: the last known token of a sequence."""
 
-    @property
+    @cached_property
     def sample_slots(self) -> IntArray:
         return self.slots[self.sample_rows]
 
@@ -122,20 +123,20 @@ class Scheduler:
         return True
 
     def compact(self) -> tuple[IntArray, IntArray] | None:
-        """The slots to exchange so that the running ones are next to each other, or None if that is not worth it.
+        """The slots to exchange so that the running ones come first, or None if that is not worth it.
 
-        Decoding attends over all slots from the first to the last running one, so a hole costs as much as a running
-        slot, in every step. An exchange costs about four such slots, once (twice two slots are read and written), and
+        Decoding attends over all slots up to the last running one, so a hole costs as much as a running slot, in
+        every step. An exchange costs about four such slots, once (twice two slots are read and written), and
         ``COMPACTION_OVERHEAD`` is its fixed part. With an outlook of four steps it is worth it when
 
             exchanged + COMPACTION_OVERHEAD <= holes
         """
         running = np.flatnonzero(self.table.running)
         count = len(running)
-        if not count or running[-1] - running[0] + 1 - count <= COMPACTION_OVERHEAD:
+        holes = int(running[-1]) + 1 - count if count else 0
+        if holes <= COMPACTION_OVERHEAD:
             return None
         high = running[running >= count]
-        holes = int(running[-1] - running[0]) + 1 - count
         if len(high) + COMPACTION_OVERHEAD > holes:
             return None
         return np.flatnonzero(~self.table.running[:count]), high
@@ -194,8 +195,8 @@ class Scheduler:
     def computed(self, plan: StepPlan, version: int) -> None:
         """Record that the step's tokens have their KV, computed with the weights of ``version``."""
         table = self.table
-        first = plan.slots[plan.positions == 0]
-        table.kv_oldest[first] = version
+        if not plan.positions.all():
+            table.kv_oldest[plan.slots[plan.positions == 0]] = version
         table.kv_length[plan.slots[: plan.decodes]] += 1
         for group in plan.chunks:
             for chunk in group:

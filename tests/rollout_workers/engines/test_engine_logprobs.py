@@ -40,12 +40,44 @@ def ragged_requests(count: int, **fields: object) -> list:  # type: ignore[type-
 def test_ragged_batches_match_a_plain_forward(name: str) -> None:
     model = make_model(name)
     requests = ragged_requests(24)
-    results = run_all(make_engine(model, slots=8, prefill_tokens=48), *requests)
+    results = run_all(make_engine(model, slots=8, prefill_tokens=48, trace=True), *requests)
     for each in requests:
         result = results[each.request_id]
         assert len(result.tokens) == each.max_tokens
         expected = reference_logprobs(model, each.prompt, result.tokens)
         np.testing.assert_allclose(result.logprobs, expected, atol=TOLERANCE)
+
+
+def test_moving_slots_changes_no_result() -> None:
+    """Long requests in high slots move down when the short ones below them end, in the middle of their tokens."""
+    model = make_model()
+    requests = [request(f"r{i}", prompt=prompt(4 + i, i), max_tokens=5 if i < 12 else 60, seed=i) for i in range(16)]
+    engine = make_engine(model, trace=True)
+    for each in requests:
+        engine.submit(each)
+    engine.step()
+    before = {name: engine.table.slot_of[f"session of {name}"] for name in ("r13", "r14")}
+    results = drain(engine)
+    assert all(engine.table.slot_of[f"session of {name}"] < slot for name, slot in before.items())
+    for each in requests:
+        tokens = results[each.request_id].tokens
+        expected = reference_logprobs(model, each.prompt, tokens)
+        np.testing.assert_allclose(results[each.request_id].logprobs, expected, atol=TOLERANCE)
+    again = run_all(engine, request("again", session_id="session of r14", prompt=np.append(requests[14].prompt, 9)))
+    assert again["again"].chunks[0].cached_tokens == len(requests[14].prompt)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_traced_and_untraced_forward_passes_give_the_same_bits(name: str) -> None:
+    engines = [make_engine(make_model(name), trace=trace, prefill_tokens=32) for trace in (True, False)]
+    assert [engine.traced for engine in engines] == [True, False]
+    for engine in engines:
+        engine.stage(1, make_model(name, seed=1).named_parameters())
+        engine.commit(1)
+    traced, untraced = (run_all(engine, *ragged_requests(20)) for engine in engines)
+    for each, result in traced.items():
+        assert result.tokens.tobytes() == untraced[each].tokens.tobytes()
+        assert result.logprobs.tobytes() == untraced[each].logprobs.tobytes()
 
 
 def test_half_precision_stays_close_to_a_plain_forward() -> None:
@@ -105,7 +137,7 @@ def test_a_greedy_token_is_the_argmax_with_its_logprob_at_temperature_one() -> N
 def test_after_an_update_with_recomputed_kv_each_token_is_of_its_own_version(policy: KvPolicy) -> None:
     old, new = make_model(seed=0), make_model(seed=1)
     requests = ragged_requests(12)
-    engine = make_engine(old, stream_every=1000)
+    engine = make_engine(old, stream_every=1000, trace=True)
     results = update_after(engine, new, 15, policy, requests)
     seen = set()
     for each in requests:
@@ -123,7 +155,7 @@ def test_after_an_update_with_recomputed_kv_each_token_is_of_its_own_version(pol
 def test_after_an_update_with_kept_kv_tokens_match_a_forward_over_the_mixed_cache() -> None:
     old, new = make_model(seed=0), make_model(seed=1)
     requests = ragged_requests(12)
-    engine = make_engine(old, stream_every=1000)
+    engine = make_engine(old, stream_every=1000, trace=True)
     results = update_after(engine, new, 15, KvPolicy.KEEP, requests)
     crossed = 0
     for each in requests:
@@ -178,7 +210,7 @@ def test_chunked_prefill_equals_one_shot() -> None:
 
 
 def test_the_same_calls_give_the_same_bits() -> None:
-    runs = [run_all(make_engine(slots=6, prefill_tokens=32), *ragged_requests(20)) for _ in range(2)]
+    runs = [run_all(make_engine(slots=6, prefill_tokens=32, trace=True), *ragged_requests(20)) for _ in range(2)]
     assert runs[0].keys() == runs[1].keys()
     for name, result in runs[0].items():
         assert result.tokens.tobytes() == runs[1][name].tokens.tobytes()

@@ -185,7 +185,7 @@ def test_a_pause_that_aborts_ends_running_and_waiting_requests() -> None:
 
 def test_a_pinned_version_is_served_exactly_while_updates_go_on() -> None:
     models = [make_model(seed=seed) for seed in range(3)]
-    engine = make_engine(models[0])
+    engine = make_engine(models[0], trace=True)
     engine.pin(0)
     for each in range(6):
         engine.submit(request(f"pinned{each}", prompt=prompt(9, each), max_tokens=30, pinned_version=0))

@@ -113,7 +113,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(OPERATIONS)
 def test_random_operations_never_wedge_and_keep_the_invariants(operations: list[tuple[str, int, int]]) -> None:
-    scheduler = scheduler_of(slots=3, prefill_tokens=20)
+    scheduler = scheduler_of(slots=6, prefill_tokens=20)
     table = scheduler.table
     for count, (operation, which, size) in enumerate(operations):
         name = f"s{which}"
@@ -140,6 +140,10 @@ def test_random_operations_never_wedge_and_keep_the_invariants(operations: list[
 
 def step(scheduler: Scheduler) -> None:
     scheduler.admit()
+    moves = scheduler.compact()
+    if moves is not None:
+        scheduler.table.swap(*moves)
+        check(scheduler)
     plan = scheduler.plan()
     if plan is None:
         return
@@ -155,9 +159,33 @@ def check(scheduler: Scheduler) -> None:
     assert (table.kv_length <= table.length).all()
     assert (table.kv_length < table.length)[table.running].all()
     held = set(table.slot_of.values())
+    assert all(table.session[slot] == name for name, slot in table.slot_of.items())
+    for slot in np.flatnonzero(table.running).tolist():
+        running = table.request[slot]
+        assert running is not None
+        assert table.tokens[slot, : len(running.prompt)].tolist() == running.prompt.tolist()
     assert len(held) == len(table.slot_of)
     assert table.free + len(held) == table.slots
     assert held == set(table.idle) | set(np.flatnonzero(table.running).tolist())
     waiting = [r.session_id for r in scheduler.waiting]
     assert len(set(waiting)) == len(waiting)
     assert all(scheduler.busy(name) for name in waiting)
+
+
+def test_running_slots_are_moved_together_when_that_pays() -> None:
+    scheduler = scheduler_of(slots=8)
+    for name in "abcdefgh":
+        add(scheduler, name, 3)
+    scheduler.admit()
+    assert scheduler.compact() is None
+    for slot in (0, 1, 3, 4, 6):
+        scheduler.table.finish(slot)
+    moves = scheduler.compact()
+    assert moves is not None
+    low, high = moves
+    assert (low.tolist(), high.tolist()) == ([0, 1], [5, 7])
+    assert scheduler.table.swap(low, high) == 3
+    assert np.flatnonzero(scheduler.table.running).tolist() == [0, 1, 2]
+    assert {name: scheduler.table.slot_of[name] for name in "afbh"} == {"f": 0, "h": 1, "a": 5, "b": 7}
+    assert list(scheduler.table.idle) == [5, 7, 3, 4, 6]
+    assert scheduler.compact() is None
