@@ -249,3 +249,15 @@ def test_the_engine_does_not_change_the_model_it_was_copied_from(model: PreTrain
     engine.commit(1)
     run_all(engine, request())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_ragged_batches_match_a_plain_forward_on_a_gpu() -> None:
+    model = make_model().cuda()
+    requests = ragged_requests(24)
+    results = run_all(make_engine(model, slots=8, prefill_tokens=48, device="cuda"), *requests)
+    for each in requests:
+        result = results[each.request_id]
+        expected = reference_logprobs(model.cpu(), each.prompt, result.tokens)
+        np.testing.assert_allclose(result.logprobs, expected, atol=TOLERANCE)
