@@ -31,7 +31,7 @@ from experience.staleness import make_policy
 from experience.wire import decode, encode
 from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
-from orchestrator.evaluation import Evaluation
+from orchestrator.evaluations import Evaluations
 from orchestrator.failures import FailureMonitor
 from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
@@ -40,7 +40,7 @@ from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
-from rollout_workers.assignments import Assignment, EpisodeReport, Purpose
+from rollout_workers.assignments import Assignment, EpisodeReport
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,12 @@ class Controller:
             self._transfer,
             FleetEvents(self._expire, self._prepare, self._served, self._committed, self._engine_broken),
         )
+        self._workers: dict[str, Any] = {}
+        """Workers that take assignments, by name."""
+        self._engines: dict[str, Any] = {}
+        """Engines that workers may send requests to, by name."""
         self._missing: dict[str, list[int]] = {}
-        self._evaluation: Evaluation | None = None
-        self._evaluated = asyncio.Event()
-        self._evaluated.set()
+        self._evaluations = Evaluations(config, self._run, self._send, self._evaluation_done)
         self._pump_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._began_training = False
@@ -156,7 +158,7 @@ class Controller:
         learner, queue = self._one("learner"), self._one("queue")
         await learner.run.remote(queue, self._controller, nodes)
         self.progress.phase("evaluating")
-        await self._evaluated.wait()
+        await self._evaluations.finished()
 
     async def _start_actors(self) -> None:
         config, supervisor = self._config, self._supervisor
@@ -248,39 +250,36 @@ class Controller:
         path = plan.checkpoint or plan.model_path
         await handle.load.remote(path, self._config.model.dtype, plan.resources.engine_threads, plan.version)
         await self._fleet.join(name, handle, plan.version)
-        evaluation = self._evaluation
-        if evaluation is not None and evaluation.version == self._fleet.membership.current_version:
-            await handle.pin.remote(evaluation.version)
-        for worker in self._serving("worker"):
-            await worker.add_engine.remote(name, handle)
+        await self._evaluations.engine_joined(handle, self._fleet.membership.current_version)
+        self._engines[name] = handle
+        await self._tell_workers("add_engine", name, handle)
 
     async def _engine_lost(self, index: int, attempt: int, cause: BaseException) -> None:
         del cause
         name = engine_name(index, attempt)
         self._fleet.lost(name)
-        for worker in self._serving("worker"):
-            await worker.remove_engine.remote(name)
+        self._engines.pop(name, None)
+        await self._tell_workers("remove_engine", name)
 
     async def _environment_ready(self, index: int, attempt: int, handle: Any) -> None:
         await handle.health.remote()
         if attempt:
-            for worker in self._serving("worker"):
-                await worker.replace_environment.remote(index, handle)
+            await self._tell_workers("replace_environment", index, handle)
 
     async def _reward_ready(self, index: int, attempt: int, handle: Any) -> None:
         await handle.health.remote()
         if attempt:
-            for worker in self._serving("worker"):
-                await worker.replace_reward.remote(index, handle)
+            await self._tell_workers("replace_reward", index, handle)
 
     async def _worker_ready(self, index: int, attempt: int, handle: Any) -> None:
         supervisor = self._supervisor
         await handle.connect.remote(
             self._one("queue"), self._controller, supervisor.handles("environment"), supervisor.handles("reward")
         )
-        for actor in supervisor.actors.values():
-            if actor.role.name == "engine" and actor.state == "serving":
-                await handle.add_engine.remote(engine_name(actor.index, actor.attempt), actor.handle)
+        name = worker_name(index, attempt)
+        self._workers[name] = handle
+        for engine, engine_handle in list(self._engines.items()):
+            await handle.add_engine.remote(engine, engine_handle)
         if attempt or self._plan.checkpoint is not None:
             alive = {
                 self._processes.step_log_directory(actor.index, actor.attempt)
@@ -288,28 +287,27 @@ class Controller:
                 if actor.role.name == "worker"
             }
             await handle.recover.remote(self._processes.past_step_logs(alive))
-        self._dispatcher.worker_joined(worker_name(index, attempt))
+        self._dispatcher.worker_joined(name)
         if attempt:
-            await self._take_up()
+            await self._pump()
+            await self._evaluations.assign(self._workers)
 
     async def _worker_lost(self, index: int, attempt: int, cause: BaseException) -> None:
         del cause
         name = worker_name(index, attempt)
+        self._workers.pop(name, None)
         self._dispatcher.worker_lost(name)
-        if self._evaluation is not None:
-            self._evaluation.worker_lost(name)
+        self._evaluations.worker_lost(name)
         in_flight = decode(await self._one("queue").in_flight.remote(), list[InFlight])
         self._missing.update({group.header.group_id: members_of(group) for group in in_flight})
 
-    def _serving(self, role: str) -> list[Any]:
-        actors = self._supervisor.actors.values()
-        return [actor.handle for actor in actors if actor.role.name == role and actor.state == "serving"]
-
-    def _worker_handle(self, name: str) -> Any:
-        for actor in self._supervisor.actors.values():
-            if actor.role.name == "worker" and worker_name(actor.index, actor.attempt) == name:
-                return actor.handle
-        return None
+    async def _tell_workers(self, method: str, *arguments: Any) -> None:
+        """Call every worker; one that has just died is the supervisor's business."""
+        for name, handle in list(self._workers.items()):
+            try:
+                await getattr(handle, method).remote(*arguments)
+            except ray.exceptions.RayError as error:
+                logger.warning("%s did not hear of %s: %s", name, method, first_line(error))
 
     def _engine_broken(self, name: str, reason: str) -> None:
         """An engine that does not take weights: end its process; the supervisor replaces it."""
@@ -323,19 +321,13 @@ class Controller:
     async def _pump(self) -> None:
         """Start what pacing allows, and give orphaned groups to workers."""
         async with self._pump_lock:
-            if not self._began_training or (self._config.mode == "sync" and not self._evaluated.is_set()):
+            if not self._began_training or (self._config.mode == "sync" and self._evaluations.running):
                 return
             orphans = self._dispatcher.adopt()
             started = self._dispatcher.due()
             if started:
                 await self._one("queue").open.remote(encode([header for _, header in started]))
             await self._assign(orphans + started)
-
-    async def _take_up(self) -> None:
-        """A worker is back: what the lost one left behind goes on."""
-        await self._pump()
-        if self._evaluation is not None:
-            await self._assign_evaluation(self._evaluation)
 
     async def _assign(self, groups: list[tuple[str, GroupHeader]]) -> None:
         by_worker: dict[str, list[Assignment]] = {}
@@ -346,12 +338,12 @@ class Controller:
 
     async def _send(self, by_worker: dict[str, list[Assignment]]) -> None:
         for worker, assignments in by_worker.items():
-            handle = self._worker_handle(worker)
+            handle = self._workers.get(worker)
             if handle is None:
                 continue
             try:
                 await handle.run.remote(encode(assignments))
-            except Exception as error:  # noqa: BLE001 - a worker that died: the supervisor hands its groups on
+            except ray.exceptions.RayError as error:
                 logger.warning("%s did not take its assignments: %s", worker, first_line(error))
 
     async def _queue_events(self) -> None:
@@ -368,8 +360,7 @@ class Controller:
                     self._dispatcher.finished(event.group_id)
                     cancelled += [event.group_id] if event.episodes else []
             if cancelled:
-                for worker in self._serving("worker"):
-                    await worker.cancel.remote(cancelled)
+                await self._tell_workers("cancel", cancelled)
             if events:
                 self.progress.touch()
                 await self._pump()
@@ -384,13 +375,11 @@ class Controller:
                 self._failures.episode_failed(report.reason, report.cause or report.reason)
             else:
                 self._failures.episode_ended()
-            if report.purpose is Purpose.EVALUATE and self._evaluation is not None:
-                self._evaluation.report(report)
+            self._evaluations.report(report)
         verdict = self._failures.verdict()
         if verdict is not None:
             self._fail(verdict)
-        if self._evaluation is not None and self._evaluation.complete:
-            await self._evaluation_complete(self._evaluation)
+        await self._evaluations.complete(self._engines)
 
     # Calls from the learner, and the road of the weights
 
@@ -438,46 +427,12 @@ class Controller:
 
     async def _committed(self, version: int) -> None:
         """All engines serve ``version`` and nothing newer is on its way: the moment to pin it for an evaluation."""
-        every, last = self._config.run.eval_every, self._config.run.steps
-        wanted = version in (0, last) or (every > 0 and version % every == 0)
-        if not wanted or self._config.tasks.held_out == 0 or self._run.evaluation_file(version).exists():
-            return
-        if version == last:
-            await self._evaluated.wait()
-        elif not self._evaluated.is_set():
-            self.progress.event(f"evaluation at step {version} left out: the one before is still running")
-            return
-        await self._begin_evaluation(version)
+        skipped = await self._evaluations.consider(version, self._engines, self._workers)
+        if skipped:
+            self.progress.event(skipped)
 
-    # Evaluation
-
-    async def _begin_evaluation(self, version: int) -> None:
-        source = TaskSource.from_config(self._config.tasks, "held_out", self._config.seed)
-        tasks = [source.task(index) for index in range(self._config.tasks.held_out)]
-        self._evaluated.clear()
-        for handle in self._serving("engine"):
-            await handle.pin.remote(version)
-        self._evaluation = Evaluation(version, version, tasks, self._config.seed)
-        await self._assign_evaluation(self._evaluation)
-
-    async def _assign_evaluation(self, evaluation: Evaluation) -> None:
-        names = [
-            worker_name(actor.index, actor.attempt)
-            for actor in self._supervisor.actors.values()
-            if actor.role.name == "worker" and actor.state in ("serving", "starting")
-        ]
-        await self._send(evaluation.assign(names))
-
-    async def _evaluation_complete(self, evaluation: Evaluation) -> None:
-        if self._evaluation is not evaluation:
-            return
-        self._evaluation = None
-        result = evaluation.result()
-        self._run.write_evaluation(evaluation.step, result)
+    async def _evaluation_done(self, result: dict[str, Any]) -> None:
         self.progress.evaluation(result)
-        for handle in self._serving("engine"):
-            await handle.unpin.remote(evaluation.version)
-        self._evaluated.set()
         await self._pump()
 
     # Stalls
