@@ -91,7 +91,11 @@ def prepare_model(config: Config, run: RunDirectory, say: Say) -> Path:
     command = [sys.executable, "-m", "orchestrator.recipes", recipe, str(run.model), str(config.seed)]
     threads = str(os.cpu_count() or 1)
     finished = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if finished.returncode != 0:
         tail = "\n".join(finished.stderr.strip().splitlines()[-5:])
@@ -103,6 +107,7 @@ def prepare_model(config: Config, run: RunDirectory, say: Say) -> Path:
 def start_ray(config: Config) -> str | None:
     """Start a local cluster or join one. Returns the temporary directory of a local one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # pools that spin while they wait starve the other processes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
