@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 SHOWN_LOG_LINES = 15
+STOP_GRACE_S = 10.0
 
 
 class LearnError(Exception):
@@ -146,14 +148,29 @@ def train_seed(config: str, seed: int, directory: Path, overrides: tuple[str, ..
     command += [f"seed={seed}", f"run.dir={run}", "run.overwrite=true", *overrides]
     began_at = time.monotonic()
     try:
-        with log.open("w", encoding="utf-8") as output:
-            finished = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s, check=False)
+        returncode = run_group(command, log, timeout_s)
     except subprocess.TimeoutExpired as error:
         raise LearnError(f"seed {seed} did not end within {timeout_s:.0f} s; its output is in {log}") from error
-    if finished.returncode != 0:
+    if returncode != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LOG_LINES:])
-        raise LearnError(f"seed {seed} ended with status {finished.returncode} ({log}):\n{tail}")
+        raise LearnError(f"seed {seed} ended with status {returncode} ({log}):\n{tail}")
     return read_result(run, seed, time.monotonic() - began_at)
+
+
+def run_group(command: list[str], log: Path, timeout_s: float) -> int:
+    """Run a command and all it starts as one process group, which a time-out ends as a whole."""
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(timeout_s)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_GRACE_S)
+        raise
 
 
 def report(results: list[SeedResult], summary: Mapping[str, Any], console: Console) -> None:

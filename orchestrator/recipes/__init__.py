@@ -17,9 +17,7 @@ Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the present loss."""
 
 
-def make_model(
-    recipe: str, directory: Path, seed: int, threads: int | None = None, progress: Progress | None = None
-) -> Path:
+def make_model(recipe: str, directory: Path, seed: int, threads: int = 1, progress: Progress | None = None) -> Path:
     """Build the recipe's model in ``directory`` (Hugging Face files) and return it.
 
     Trains for some tens of seconds with torch in this process. Raises ValueError for a recipe that does not exist.

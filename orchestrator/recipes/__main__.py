@@ -24,8 +24,8 @@ def report(step: int, steps: int, loss: float) -> None:
 @click.argument("recipe")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("seed", type=int)
-@click.option("--threads", type=int, default=None, help="Torch threads (default: as the process was started).")
-def main(recipe: str, directory: Path, seed: int, threads: int | None) -> None:
+@click.option("--threads", default=1, show_default=True, help="Torch threads.")
+def main(recipe: str, directory: Path, seed: int, threads: int) -> None:
     """Make the model of RECIPE in DIRECTORY; SEED decides its weights."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks.learn import Bar, LearnError, SeedResult, learn, read_result, report, summarise, train_seed
+from benchmarks.learn import Bar, LearnError, SeedResult, learn, read_result, report, run_group, summarise, train_seed
 from orchestrator.evaluation import Evaluation
 
 
@@ -103,6 +105,17 @@ def test_a_run_that_fails_or_never_ends_is_an_error_with_its_output(tmp_path: Pa
         train_seed("quickstart", 0, tmp_path, ("run.no_such_key=1",), 120.0)
     with pytest.raises(LearnError, match=r"seed 1 did not end within 0 s; its output is in .*seed-1\.log"):
         train_seed("quickstart", 1, tmp_path, ("run.no_such_key=1",), 0.01)
+
+
+def test_a_time_out_ends_what_the_run_had_started_too(tmp_path: Path) -> None:
+    noted = tmp_path / "child"
+    script = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
+    script += f"open({str(noted)!r}, 'w').write(str(p.pid)); p.wait()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_group([sys.executable, "-c", script], tmp_path / "log", 2.0)
+    child = int(noted.read_text())
+    gone = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=5)[1] == []
+    assert gone, f"process {child} outlived its run"
 
 
 def test_no_seeds_is_refused() -> None:
