@@ -156,14 +156,10 @@ async def test_cancelling_a_group_stops_its_episodes_and_no_others(model: Path, 
         bench.worker.cancel(["g0"])
         await bench.engine.until("four aborts", lambda: len(bench.engine.aborted) == 4)
         assert all(request_id.startswith("g0-") for request_id in bench.engine.aborted)
-        async with asyncio.timeout(20):  # until their environments are given back
-            while bench.worker.stats().running > 4:
-                await asyncio.sleep(0)
-        assert bench.worker.stats().generating == 4
+        await ended("_run_episode", leave=4)
+        assert (bench.worker.stats().running, bench.worker.stats().generating) == (4, 4)
         assert bench.delivered.reports == []
         assert bench.delivered.failures == []
-        bench.worker.run([assignment(0, size=1)])
-        await bench.engine.until("the group again", lambda: bench.engine.held == 9)
 
 
 async def test_after_the_death_of_a_worker_no_completed_turn_is_generated_again(model: Path, tmp_path: Path) -> None:
@@ -192,12 +188,24 @@ async def test_after_the_death_of_a_worker_no_completed_turn_is_generated_again(
         assert second.worker.stats().replayed_steps == 4 * 3
 
 
-async def test_closing_a_worker_leaves_no_task_behind(model: Path, tmp_path: Path) -> None:
-    before = asyncio.all_tasks()
+async def test_closing_a_worker_leaves_no_episode_and_no_line_to_an_engine_behind(model: Path, tmp_path: Path) -> None:
     async with serve(model, tmp_path, silent_from=0) as bench:
         bench.worker.run([assignment()])
         await bench.engine.until("four requests", lambda: bench.engine.held == 4)
-    for _ in range(10):
-        await asyncio.sleep(0)
-    left = asyncio.all_tasks() - before
-    assert not left, left
+        assert len(running("_run_episode")) == 4
+        assert len(running("_receive")) == len(running("_send")) == 1
+    for name in ("_run_episode", "_receive", "_send"):
+        await ended(name)
+
+
+def running(name: str) -> set[asyncio.Task[object]]:
+    """The worker's and the engine client's tasks of that method."""
+    owners = (f"RolloutWorker.{name}", f"EngineClient.{name}")
+    return {task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") in owners}
+
+
+async def ended(name: str, leave: int = 0) -> None:
+    """Wait until at most ``leave`` such tasks are left; at most 20 s."""
+    async with asyncio.timeout(20):
+        while len(tasks := running(name)) > leave:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
