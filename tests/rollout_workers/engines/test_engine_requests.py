@@ -59,10 +59,11 @@ def test_a_stop_string_ends_a_request_at_the_token_that_completes_it() -> None:
 
 def test_of_two_stop_strings_the_earlier_in_the_text_is_named() -> None:
     tokens = sampled()
-    short, long = f"w{tokens[5]}", f"w{tokens[4]}w{tokens[5]}"
+    end = next(i for i in range(1, 40) if tokens[i] not in tokens[:i])
+    short, long = f"w{tokens[end]}", f"w{tokens[end - 1]}w{tokens[end]}"
     result = run_all(make_engine(), request(max_tokens=40, stop=(short, long)))["r"]
-    expected = short if tokens[5] in tokens[:5] else long
-    assert result.last.stop_match == expected
+    assert len(result.tokens) == end + 1
+    assert result.last.stop_match == long
 
 
 def test_stop_strings_do_not_match_the_prompt() -> None:
@@ -228,8 +229,14 @@ def test_weights_that_are_not_numbers_end_requests_with_an_error_and_spoil_nothi
     assert all("not finite" in (result.last.error or "") for result in results.values())
     engine.stage(2, model.named_parameters())
     engine.commit(2)
-    result = run_all(engine, request("c", prompt=prompt(3)))["c"]
-    np.testing.assert_allclose(result.logprobs, reference_logprobs(model, prompt(3), result.tokens), atol=1e-4)
+    fresh = request("c", prompt=prompt(3))
+    same_session = request("d", session_id="session of b")
+    results = run_all(engine, same_session, fresh)
+    for each in (fresh, same_session):
+        result = results[each.request_id]
+        assert len(result.tokens) == 8
+        assert result.chunks[0].cached_tokens == 0
+        np.testing.assert_allclose(result.logprobs, reference_logprobs(model, each.prompt, result.tokens), atol=1e-4)
 
 
 def test_health_counts_what_was_done() -> None:
