@@ -17,7 +17,7 @@ from engine_helpers import (
     run_all,
 )
 
-from rollout_workers.engines.protocol import FinishReason, PauseMode
+from rollout_workers.engines.protocol import FinishReason, KvPolicy, PauseMode
 
 
 def sampled(**fields: object) -> np.ndarray:
@@ -228,7 +228,7 @@ def test_weights_that_are_not_numbers_end_requests_with_an_error_and_spoil_nothi
     results = run_all(engine, request("a"), request("b"))
     assert all("not finite" in (result.last.error or "") for result in results.values())
     engine.stage(2, model.named_parameters())
-    engine.commit(2)
+    engine.commit(2, KvPolicy.KEEP)
     fresh = request("c", prompt=prompt(3))
     same_session = request("d", session_id="session of b")
     results = run_all(engine, same_session, fresh)
