@@ -12,7 +12,7 @@ from experience.records import Task
 
 
 class Parcels(ToolEnvironment):
-    """Two orders with numbers from 0 to 9, one of them damaged. The state is their statuses and what was refunded."""
+    """Two orders with numbers from 1 to 5, one of them damaged. The state is their statuses and what was refunded."""
 
     name = "parcels"
     deterministic = True
@@ -20,10 +20,15 @@ class Parcels(ToolEnvironment):
     @classmethod
     def make_task(cls, index: int, seed: int, split: Split, options: Mapping[str, Any]) -> Task:
         """Held out are the pairs whose sum is divisible by five: no training task is among them."""
-        pairs = [(a, b) for a in range(10) for b in range(10) if a != b and ((a + b) % 5 == 0) == (split == "held_out")]
+        pairs = [
+            (a, b) for a in range(1, 6) for b in range(1, 6) if a != b and ((a + b) % 5 == 0) == (split == "held_out")
+        ]
         damaged, sound = random.Random(f"{seed}/{index}").choice(pairs)
         return Task(
-            task_id=f"{split}/{index}", environment=cls.name, payload={"damaged": damaged, "sound": sound}, domain=cls.name
+            task_id=f"{split}/{index}",
+            environment=cls.name,
+            payload={"damaged": damaged, "sound": sound},
+            domain=cls.name,
         )
 
     @classmethod
@@ -34,7 +39,9 @@ class Parcels(ToolEnvironment):
             "some_refund": float(bool(outcome["refunded"])),
             "some_tool": float(outcome["calls"] + outcome["faults"] > 0),
         }
-        return VerifierResult(reward=0.8 * parts["right"] + 0.1 * parts["some_refund"] + 0.1 * parts["some_tool"], parts=parts)
+        return VerifierResult(
+            reward=0.8 * parts["right"] + 0.1 * parts["some_refund"] + 0.1 * parts["some_tool"], parts=parts
+        )
 
     def reset(self, task: Task) -> str:
         damaged, sound = task.payload["damaged"], task.payload["sound"]
