@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from orchestrator.composition import packaged_names
 from orchestrator.config import Config, ConfigError, load, to_yaml
+from orchestrator.model_files import check_model
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.show import show_command
 
@@ -56,6 +58,8 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 
 def _load(arguments: tuple[str, ...]) -> Config:
+    if not arguments:
+        raise ConfigError(f"name a config file or one of {', '.join(packaged_names())}; then key.path=value overrides")
     paths, overrides = _split(arguments)
     return load(paths, overrides)
 
@@ -108,7 +112,7 @@ def train(config: tuple[str, ...], dry_run: bool, print_config: bool) -> None:
         return
     console = Console()
     model = launch.prepare_model(settings, run, console.print)
-    launch.check_model(model, settings.rollout.loop)
+    check_model(model, settings.rollout.loop, settings.engines.max_len)
     began_at = _started_at() if settings.model.path is not None else time.time()
     summary = launch.run(settings, run, launch.Start(model), began_at, LiveView(console))
     click.echo(launch.describe(summary))

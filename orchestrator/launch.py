@@ -11,20 +11,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from env_pool.registry import TaskSource, load_environment, load_object
 from orchestrator.config import Config, ConfigError, secret_values, validate
+from orchestrator.model_files import check_model
+from orchestrator.recipes import RECIPES
 from orchestrator.run_directory import RunDirectory
 from orchestrator.snapshot import Snapshot
 from orchestrator.view import LiveView
-from rollout_workers.chat import ChatTokenizer
-from rollout_workers.loops import BUNDLED, load_loop
+from rollout_workers.loops import load_loop
 
 logger = logging.getLogger(__name__)
+
+OWN_CODE = [Path(__file__).parents[1] / package for package in ("env_pool", "rollout_workers")]
+"""Where ValueErrors come from that name the key and the remedy themselves."""
 
 Say = Callable[[str], None]
 
@@ -46,36 +52,35 @@ class Start:
 def check(config: Config) -> None:
     """All that can be found wrong before anything starts. Raises ConfigError."""
     validate(config)
-    try:
-        load_loop(config.rollout.loop)
-        load_environment(config.tasks.environment)
-        TaskSource.from_config(config.tasks, "train", config.seed).task(0)
-        for reward in config.rewards:
-            if reward.kind != "rule":
-                load_object(reward.kind, "rewards")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+    _try_user_code("rollout.loop", config.rollout.loop, lambda: load_loop(config.rollout.loop))
+    name = config.tasks.environment
+    _try_user_code("tasks.environment", name, lambda: load_environment(name))
+    tasks = TaskSource.from_config(config.tasks, "train", config.seed)
+    _try_user_code("tasks.environment", f"{name} (make_task)", lambda: tasks.task(0))
+    for kind in (reward.kind for reward in config.rewards if reward.kind != "rule"):
+        _try_user_code("rewards", kind, partial(load_object, kind, "rewards"))
     if config.weights.every != 1:
         raise ConfigError(f"weights.every={config.weights.every} is not built yet: leave it 1")
     if config.model.path is not None:
-        check_model(Path(config.model.path), config.rollout.loop)
-
-
-def check_model(path: Path, loop: str) -> None:
-    """Whether a directory holds what a run needs of a model. Raises ConfigError."""
-    if not path.is_dir():
-        raise ConfigError(f"model.path: {path} is not a directory; give the directory of a Hugging Face causal LM")
-    if not (path / "config.json").exists():
-        raise ConfigError(f"model.path: {path} has no config.json; give the directory of a Hugging Face causal LM")
-    try:
-        tokenizer = ChatTokenizer.load(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
-    if loop in BUNDLED and not tokenizer.has_template:
+        check_model(Path(config.model.path), config.rollout.loop, config.engines.max_len)
+    elif config.model.recipe not in RECIPES:
         raise ConfigError(
-            f"model.path: the tokenizer in {path} has no chat template, and rollout.loop={loop} exchanges chat messages; add a "
-            "chat_template.jinja to that directory, or use a loop of your own that calls episode.observe_text"
+            f"model.recipe: there is no recipe {config.model.recipe!r}; there are {', '.join(RECIPES)}, or give model.path"
         )
+
+
+def _try_user_code(key: str, name: str, attempt: Callable[[], Any]) -> None:
+    """Run what imports or calls the user's code; what comes out of it becomes a ConfigError with the line it is from."""
+    try:
+        attempt()
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and any(Path(place.filename).is_relative_to(own) for own in OWN_CODE):
+            raise ConfigError(str(error)) from error
+        where = f"{place.filename}:{place.lineno} in {place.name}"
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}:{error.lineno}"
+        raise ConfigError(f"{key}: {name} raised {type(error).__name__}: {error} ({where})") from error
 
 
 def prepare_model(config: Config, run: RunDirectory, say: Say) -> Path:

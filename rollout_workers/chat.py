@@ -67,7 +67,7 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> ChatTokenizer:
-        """Load from a Hugging Face model directory; FileNotFoundError names what is missing."""
+        """Load from a Hugging Face model directory; FileNotFoundError names what is missing, ValueError the damaged file."""
         path = Path(directory)
         if not (path / "tokenizer.json").exists():
             raise FileNotFoundError(
@@ -87,7 +87,15 @@ class ChatTokenizer:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (text := _token_text(settings.get(name))) is not None
         }
-        return cls(Tokenizer.from_file(str(path / "tokenizer.json")), template, special, str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path / 'tokenizer.json'} is damaged or no tokenizer: {error}") from error
+        try:
+            return cls(tokenizer, template, special, str(path))
+        except jinja2.TemplateError as error:
+            file = template_file if template_file.exists() else path / "tokenizer_config.json"
+            raise ValueError(f"the chat template in {file} is not valid: {error}") from error
 
     @property
     def has_template(self) -> bool:
