@@ -181,7 +181,8 @@ class EnvironmentActor:
                 reason = f"hung: {error}"
                 self._give_up(call)
             name = owner.name or (owner if isinstance(owner, type) else type(owner)).__name__
-            raise EnvironmentFault(name, call.method, reason, _tail(error)) from error
+            detail = "" if isinstance(error, HungError) else _tail(error)
+            raise EnvironmentFault(name, call.method, reason, detail) from error
 
     def _give_up(self, call: Call) -> None:
         """The environment hung: it is never called again, and enough threads lost that way end the process."""

@@ -32,7 +32,7 @@ from experience.wire import decode, encode
 from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
-from orchestrator.failures import FailureMonitor
+from orchestrator.failures import FailureMonitor, RestartBudget
 from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
 from orchestrator.progress import Progress
@@ -48,8 +48,16 @@ EVENTS_S = 5.0
 """How long one call for queue events stays open."""
 
 
+PROBE_S = 5.0
+"""How long an actor that somebody found stuck has to show that it is not."""
+
+
 class RunFailed(Exception):
     """The run cannot go on; the message is the first cause."""
+
+
+class RunInterrupted(RunFailed):
+    """A person ended the run."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Controller:
             config.seed,
         )
         self._failures = FailureMonitor()
+        self._blocked = RestartBudget(limit=2, window_s=3600.0)
         self._fleet = Fleet(
             config.weights,
             plan.version,
@@ -125,10 +134,11 @@ class Controller:
             await work
             return await self._finish("finished", None)
         except Exception as error:
-            cause = str(error) if isinstance(error, RunFailed) else first_line(error)
-            logger.exception("the run failed")
-            await self._finish("failed", cause)
-            raise RunFailed(cause) from None
+            interrupted = isinstance(error, RunInterrupted)
+            cause = cause_of(error)
+            logger.exception("the run ended early")
+            await self._finish("interrupted" if interrupted else "failed", cause)
+            raise (RunInterrupted if interrupted else RunFailed)(cause) from None
         finally:
             work.cancel()
             for task in self._tasks:
@@ -142,7 +152,9 @@ class Controller:
 
     async def interrupt(self) -> None:
         """Ctrl-C: end the run, keep what can be resumed."""
-        self._fail("interrupted; `millrace resume` continues from the last checkpoint")
+        self._fail(
+            f"interrupted; `millrace resume {self._config.run.dir}` goes on from the last checkpoint", RunInterrupted
+        )
 
     async def _course(self) -> None:
         self.progress.phase("starting")
@@ -167,7 +179,7 @@ class Controller:
             (self._role("engine", self._engine_ready, self._engine_lost), config.engines.replicas),
             (self._role("queue", self._queue_ready, replace=False), 1),
             (self._role("environment", self._environment_ready), config.environments.actors),
-            (self._role("reward", self._reward_ready), 1),
+            (self._role("reward", self._reward_ready), 1 if config.rewards else 0),
             (self._role("worker", self._worker_ready, self._worker_lost), config.rollout.workers),
         ]
         for role, count in counts:
@@ -201,10 +213,10 @@ class Controller:
                 logger.info("an engine did not answer: %s", first_line(error))
         return min((at for at in times if at is not None), default=None)
 
-    def _fail(self, cause: str) -> None:
+    def _fail(self, cause: str, kind: type[RunFailed] = RunFailed) -> None:
         """End the run; the first cause wins."""
         if self._fatal is not None and not self._fatal.done():
-            self._fatal.set_exception(RunFailed(cause))
+            self._fatal.set_exception(kind(cause))
 
     def _keep(self, coroutine: Any) -> None:
         """Run a loop beside the rest; its error ends the run."""
@@ -214,7 +226,7 @@ class Controller:
         def ended(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
             if not done.cancelled() and (error := done.exception()) is not None:
-                self._fail(first_line(error))
+                self._fail(cause_of(error))
 
         task.add_done_callback(ended)
 
@@ -298,6 +310,7 @@ class Controller:
         self._workers.pop(name, None)
         self._dispatcher.worker_lost(name)
         self._evaluations.worker_lost(name)
+        self._keep(self._forget_client(name))
         in_flight = decode(await self._one("queue").in_flight.remote(), list[InFlight])
         self._missing.update({group.header.group_id: members_of(group) for group in in_flight})
 
@@ -308,6 +321,44 @@ class Controller:
                 await getattr(handle, method).remote(*arguments)
             except ray.exceptions.RayError as error:
                 logger.warning("%s did not hear of %s: %s", name, method, first_line(error))
+
+    async def _forget_client(self, name: str) -> None:
+        """Environments and scorings that a dead worker left behind end."""
+        supervisor = self._supervisor
+        for handle in [*supervisor.handles("environment"), *supervisor.handles("reward")]:
+            try:
+                async with asyncio.timeout(self._config.environments.step_timeout_s):
+                    await handle.forget_client.remote(name)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                logger.warning("what %s left behind was not closed: %s", name, first_line(error))
+
+    async def actor_stuck(self, worker: str, role: str, index: int, reason: str) -> None:
+        """``worker`` has given up ``role``-``index``. If the actor answers it is given back to that worker; if not, it is
+        ended, and the supervisor replaces it."""
+        actor = self._supervisor.actors.get(f"{role}-{index}")
+        if actor is None or actor.state != "serving":
+            return
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await actor.handle.health.remote()
+        except TimeoutError:
+            self.progress.event(f"{actor.name} is stuck ({reason})")
+            ray.kill(actor.handle)
+            return
+        except ray.exceptions.RayError as error:
+            logger.info("%s is gone already: %s", actor.name, first_line(error))
+            return
+        if worker in self._workers and self._supervisor.actors.get(actor.name) is actor:
+            await getattr(self._workers[worker], f"replace_{role}").remote(index, actor.handle)
+
+    async def worker_blocked(self, worker: str, cause: str) -> None:
+        """The event loop of ``worker`` stands still: none of its episodes goes on. It is replaced, but not for ever."""
+        if not self._blocked.allow("worker", time.monotonic()):
+            self._fail(cause)
+        for actor in list(self._supervisor.actors.values()):
+            if actor.role.name == "worker" and worker_name(actor.index, actor.attempt) == worker:
+                self.progress.event(cause)
+                ray.kill(actor.handle)
 
     def _engine_broken(self, name: str, reason: str) -> None:
         """An engine that does not take weights: end its process; the supervisor replaces it."""
@@ -446,14 +497,26 @@ class Controller:
             await asyncio.sleep(max(0.05, limit - idle))
 
     async def _describe_stall(self, idle: float) -> str:
-        stats = await self._one("queue").stats.remote()
-        learner = await self._one("learner").stats.remote()
+        silent = self.progress.silent()
+        if silent:
+            return (
+                f"nothing finished for {idle:.0f} s (run.stall_timeout_s={self._config.run.stall_timeout_s:g}), and these "
+                f"actors do not answer: {', '.join(silent)}; see their logs in {self._run.logs}"
+            )
+        async with asyncio.timeout(PROBE_S):
+            stats = await self._one("queue").stats.remote()
+            learner = await self._one("learner").stats.remote()
         waiting = ", ".join(self._dispatcher.oldest_in_flight(3)) or "no group"
         return (
             f"nothing finished for {idle:.0f} s (run.stall_timeout_s={self._config.run.stall_timeout_s:g}): "
             f"{self._dispatcher.in_flight} groups in flight (oldest: {waiting}), {stats['ready']} ready in the queue, the "
             f"learner is {learner['phase']}"
         )
+
+
+def cause_of(error: BaseException) -> str:
+    """What to tell a person: the message of a RunFailed as it stands, anything else with its type."""
+    return str(error) if isinstance(error, RunFailed) else first_line(error)
 
 
 async def resolve(reference: Any) -> Any:

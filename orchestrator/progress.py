@@ -24,6 +24,7 @@ from rollout_workers.engines.protocol import EngineHealth
 logger = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
+SILENT_S = 10.0
 HISTORY = 400
 PACKAGES = ("millrace", "torch", "transformers", "ray", "omegaconf", "msgspec", "numpy")
 
@@ -55,6 +56,7 @@ class Progress:
         self._lag_tokens = 0.0
         self._no_dispatch_s = 0.0
         self._live: dict[str, Any] = {}
+        self._asked_in_vain: dict[str, float] = {}
         self.touched_at = time.monotonic()
 
     def touch(self) -> None:
@@ -223,11 +225,18 @@ class Progress:
             async with asyncio.timeout(STATS_EVERY_S):
                 answer = await call.remote()
         except TimeoutError:
+            self._asked_in_vain.setdefault(name, time.monotonic())
             return name, self._live.get(name)
         except Exception as error:  # noqa: BLE001 - a dead actor is the supervisor's business
             logger.debug("%s did not say how it is: %s", name, first_line(error))
             return name, None
+        self._asked_in_vain.pop(name, None)
         return name, _described(role, answer)
+
+    def silent(self) -> list[str]:
+        """Actors that have not answered for a while, with for how long."""
+        now = time.monotonic()
+        return [f"{name} ({now - at:.0f} s)" for name, at in self._asked_in_vain.items() if now - at >= SILENT_S]
 
     def _account_dispatch(self, seconds: float) -> None:
         """Count the time in which the learner waited and nothing was in flight: dispatching was too slow."""

@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from env_pool.config import EnvironmentsConfig, RewardConfig
+from env_pool.fleet import OnLost
 from experience.entries import Added, EpisodeEntry
 from experience.wire import decode, encode
 from rollout_workers.assignments import Assignment, EpisodeReport
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import RayEngineHandle
+from rollout_workers.watchdog import LoopWatchdog
 from rollout_workers.worker import LoopRewards, RolloutWorker, WorkerPorts
+
+if TYPE_CHECKING:
+    from env_pool.rewards.client import RewardClient
+
+BLOCKED_S = 20.0
+"""How long the event loop may stand still before the worker counts as blocked by its rollout loop."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +71,8 @@ class RolloutWorkerActor:
         self.name = name
         self._settings = settings
         self._worker: RolloutWorker | None = None
+        self._rewards: RewardClient | None = None
+        self._watchdog: LoopWatchdog | None = None
         self._ended = asyncio.Event()
 
     async def connect(self, queue: Any, controller: Any, environments: list[Any], rewards: list[Any]) -> None:
@@ -70,8 +81,12 @@ class RolloutWorkerActor:
         from env_pool.rewards.client import RewardClient
 
         settings = self._settings
-        self._pool = EnvironmentPool(environments, settings.environments, self.name)
-        self._rewards = RewardClient(rewards, settings.rewards, self.name) if settings.rewards else None
+        self._pool = EnvironmentPool(
+            environments, settings.environments, self.name, self._tells(controller, "environment")
+        )
+        if settings.rewards:
+            self._rewards = RewardClient(rewards, settings.rewards, self.name, self._tells(controller, "reward"))
+        self._watchdog = LoopWatchdog(BLOCKED_S, partial(self._is_blocked, controller))
         self._worker = RolloutWorker(
             self.name,
             settings.rollout,
@@ -82,6 +97,22 @@ class RolloutWorkerActor:
             settings.concurrency,
             settings.lock_step,
         )
+
+    def _tells(self, controller: Any, role: str) -> OnLost:
+        """Tell the controller of an actor that this worker has given up."""
+
+        def lost(index: int, reason: str) -> None:
+            controller.actor_stuck.remote(self.name, role, index, reason)
+
+        return lost
+
+    def _is_blocked(self, controller: Any, seconds: float, where: str) -> None:
+        cause = (
+            f"{self.name}: rollout loop {self._settings.rollout.loop!r} has blocked the event loop for {seconds:.0f} s, so "
+            f"no episode goes on (at {where}); await what takes long, or call it with asyncio.to_thread"
+        )
+        logger.error("%s", cause)
+        controller.worker_blocked.remote(self.name, cause)
 
     @property
     def worker(self) -> RolloutWorker:
@@ -120,6 +151,8 @@ class RolloutWorkerActor:
         await self._ended.wait()
 
     async def stop(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self._worker is not None:
             await self._worker.close()
         self._ended.set()
