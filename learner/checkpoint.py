@@ -135,7 +135,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _instead(path: Path) -> str:
     others = [other for other in all_checkpoints(path.parent) if other.name != path.name]
     before = [other for other in others if other.name < path.name] or others
-    return f"; use the checkpoint {before[-1]} instead" if before else "; there is no other checkpoint beside it"
+    return (
+        f"; use the checkpoint {before[-1]} instead (millrace resume RUN --from {before[-1].name})"
+        if before
+        else "; there is no other checkpoint beside it"
+    )
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

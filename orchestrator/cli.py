@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from orchestrator.announce import Announcer
 from orchestrator.composition import packaged_names
 from orchestrator.config import Config, ConfigError, load, to_yaml
 from orchestrator.model_files import check_model
@@ -71,10 +72,13 @@ def _guarded(command: F) -> F:
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         from learner.errors import CheckpointError
-        from orchestrator.launch import LaunchError
+        from orchestrator.launch import Interrupted, LaunchError
 
         try:
             return command(*args, **kwargs)
+        except Interrupted as error:
+            click.echo(str(error), err=True)
+            sys.exit(130)
         except (ConfigError, RunDirectoryError, LaunchError, CheckpointError, FileNotFoundError) as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
@@ -110,8 +114,8 @@ def train(config: tuple[str, ...], dry_run: bool, print_config: bool) -> None:
             f"the configuration is sound; it is in {run.config} and runs with: millrace train {run.config} run.overwrite=true"
         )
         return
-    console = Console()
-    model = launch.prepare_model(settings, run, console.print)
+    console = Console(file=sys.stdout)
+    model = launch.prepare_model(settings, run, Announcer(console))
     check_model(model, settings.rollout.loop, settings.engines.max_len)
     began_at = _started_at() if settings.model.path is not None else time.time()
     summary = launch.run(settings, run, launch.Start(model), began_at, LiveView(console))
@@ -122,24 +126,28 @@ def train(config: tuple[str, ...], dry_run: bool, print_config: bool) -> None:
 @main.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1)
+@click.option("--from", "checkpoint", default=None, help="Checkpoint to go back to, such as step-000050.")
 @_guarded
-def resume(run: str, overrides: tuple[str, ...]) -> None:
-    """Continue RUN (a run directory) from its newest checkpoint."""
+def resume(run: str, overrides: tuple[str, ...], checkpoint: str | None) -> None:
+    """Continue RUN (a run directory) from its newest checkpoint, or from the one named by --from."""
     from orchestrator import launch, telemetry
     from orchestrator.view import LiveView
 
     directory = RunDirectory.open(run)
     settings = load([str(directory.config)], [f"run.dir={directory.path}", *overrides])
     launch.check(settings)
-    console = Console()
-    model = launch.prepare_model(settings, directory, console.print)
-    start = launch.find_start(settings, directory, model)
+    console = Console(file=sys.stdout)
+    model = launch.prepare_model(settings, directory, Announcer(console))
+    check_model(model, settings.rollout.loop, settings.engines.max_len)
+    start = launch.find_start(directory, model, checkpoint)
     if start.version >= settings.run.steps:
         raise launch.LaunchError(
             f"{directory.path} is at step {start.version} of run.steps={settings.run.steps}: it is finished; give more steps "
             f"(`millrace resume {run} run.steps={start.version * 2}`)"
         )
     telemetry.cut_metrics(directory, start.version)
+    for name in directory.set_aside(start.version):
+        console.print(f"{name} belongs to what is done again: it is kept as {name}.abandoned", highlight=False)
     where = "the beginning" if start.checkpoint is None else f"checkpoint {start.checkpoint.name}"
     console.print(f"continuing from {where}")
     summary = launch.run(settings, directory, start, _started_at(), LiveView(console))
@@ -172,7 +180,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
     if tasks is not None:
         settings.tasks.held_out = tasks
     launch.check(settings)
-    result = evaluate_checkpoint(settings, directory, step, Console())
+    result = evaluate_checkpoint(settings, directory, step, Console(file=sys.stdout))
     click.echo(f"step {result['step']}: success {result['success']:.3f} on {result['tasks']} held-out tasks")
     for name, part in result["by_difficulty"].items():
         click.echo(f"  difficulty {name}: {part['success']:.3f} of {part['n']}")

@@ -16,11 +16,13 @@ from orchestrator.view import LiveView
 
 def evaluate_checkpoint(config: Config, directory: RunDirectory, step: int | None, console: Console) -> dict[str, Any]:
     """The evaluation's result (see `orchestrator.evaluation.Evaluation.result`). Raises LaunchError, CheckpointError."""
-    from learner.checkpoint import checkpoint_path, latest, read_checkpoint
+    from learner.checkpoint import all_checkpoints, checkpoint_path, latest, read_checkpoint
 
     found = latest(directory.checkpoints) if step is None else checkpoint_path(directory.checkpoints, step)
-    if found is None:
-        raise launch.LaunchError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
+    if found is None or not found.is_dir():
+        wanted = "yet: nothing to evaluate" if found is None else f"of step {step}"
+        choice = launch.there_are(all_checkpoints(directory.checkpoints))
+        raise launch.LaunchError(f"{directory.path} has no checkpoint {wanted}; {choice}")
     version = read_checkpoint(found).version
     own = copy.deepcopy(config)
     own.run.dir = str(directory.path / f"eval-{found.name}")

@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from env_pool.registry import TaskSource, load_environment, load_object
+from orchestrator.announce import Announcer
 from orchestrator.config import Config, ConfigError, secret_values, validate
 from orchestrator.model_files import check_model
 from orchestrator.recipes import RECIPES
@@ -32,11 +35,19 @@ logger = logging.getLogger(__name__)
 OWN_CODE = [Path(__file__).parents[1] / package for package in ("env_pool", "rollout_workers")]
 """Where ValueErrors come from that name the key and the remedy themselves."""
 
-Say = Callable[[str], None]
+MADE = "recipe.done"
+"""Written beside a recipe's model when it is whole."""
+
+REPORT_MARK = "warm-up "
+"""What the recipe's progress lines begin with, after the time."""
 
 
 class LaunchError(Exception):
     """A run that cannot start, or ended; the message is for a person."""
+
+
+class Interrupted(LaunchError):
+    """A person ended the run with Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -83,30 +94,37 @@ def _try_user_code(key: str, name: str, attempt: Callable[[], Any]) -> None:
         raise ConfigError(f"{key}: {name} raised {type(error).__name__}: {error} ({where})") from error
 
 
-def prepare_model(config: Config, run: RunDirectory, say: Say) -> Path:
+def prepare_model(config: Config, run: RunDirectory, announcer: Announcer) -> Path:
     """The model directory of the run: the one configured, or one that the recipe makes (in a process of its own)."""
     if config.model.path is not None:
         return Path(config.model.path).resolve()
     recipe = config.model.recipe
     assert recipe is not None, "validated: a path or a recipe"
-    if (run.model / "config.json").exists():
+    if (run.model / MADE).exists():
         return run.model
-    say(f"making the model by recipe {recipe} (seed {config.seed})")
     began_at = time.monotonic()
-    command = [sys.executable, "-m", "orchestrator.recipes", recipe, str(run.model), str(config.seed)]
-    threads = str(os.cpu_count() or 1)
-    finished = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if finished.returncode != 0:
-        tail = "\n".join(finished.stderr.strip().splitlines()[-5:])
-        raise LaunchError(f"recipe {recipe} failed:\n{tail}")
-    say(f"model ready after {time.monotonic() - began_at:.0f} s: {run.model}")
+    with announcer.doing(f"making the model by recipe {recipe} (seed {config.seed})") as update:
+        _make_model(recipe, run.model, config.seed, update)
+    announcer.say(f"model ready after {time.monotonic() - began_at:.0f} s: {run.model}")
     return run.model
+
+
+def _make_model(recipe: str, directory: Path, seed: int, update: Callable[[str], None]) -> None:
+    """Run the recipe, passing on what it reports. Raises LaunchError with its last lines."""
+    command = [sys.executable, "-m", "orchestrator.recipes", recipe, str(directory), str(seed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
+    tail: deque[str] = deque(maxlen=5)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            tail.append(line.rstrip())
+            if REPORT_MARK in line:
+                update(f"making the model by recipe {recipe}: {line.partition(REPORT_MARK)[2].strip()}")
+    if process.returncode != 0:
+        raise LaunchError(f"recipe {recipe} failed:\n" + "\n".join(tail))
+    (directory / MADE).touch()
 
 
 def start_ray(config: Config) -> str | None:
@@ -138,61 +156,81 @@ def start_ray(config: Config) -> str | None:
 
 
 def run(config: Config, directory: RunDirectory, start: Start, started_at: float, view: LiveView) -> dict[str, Any]:
-    """Run to the end, showing it. Returns the summary; raises LaunchError with the first cause."""
-    temporary = start_ray(config)
+    """Run to the end, showing it. Returns the summary; raises LaunchError with the first cause.
+
+    Ray prints messages of its own to standard output; they go to ``logs/ray.log``, and the view keeps the terminal.
+    """
+    run_attempt = directory.start_attempt(" ".join(sys.argv[1:]) or "train", started_at)
+    with (directory.logs / "ray.log").open("a", encoding="utf-8") as ray_log, redirect_stdout(ray_log):
+        with Announcer(view.console).doing("starting Ray"):
+            temporary = start_ray(config)
+        import ray
+
+        try:
+            controller, result = _start_controller(config, directory, start, started_at, run_attempt)
+            return _follow(controller, result, config.run.view_every_s, view)
+        finally:
+            ray.shutdown()
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_controller(
+    config: Config, directory: RunDirectory, start: Start, started_at: float, run_attempt: int
+) -> tuple[Any, Any]:
+    """The controller actor, and the reference of its `run` call."""
     import ray
 
     from orchestrator.controller import Controller, RunPlan
     from orchestrator.resources import share_resources
 
-    try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        plan = RunPlan(
-            config=config,
-            run_directory=str(directory.path),
-            model_path=str(start.model_path),
-            checkpoint=None if start.checkpoint is None else str(start.checkpoint),
-            version=start.version,
-            resources=share_resources(config, os.cpu_count() or 1, gpus),
-            run_attempt=directory.start_attempt(" ".join(sys.argv[1:]) or "train", started_at),
-            started_at=started_at,
-            secrets=list(secret_values(config).values()),
-            dispatched=start.dispatched,
-        )
-        controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(plan)
-        result = controller.run.remote(controller)
-        return _follow(controller, result, config.run.view_every_s, view)
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    plan = RunPlan(
+        config=config,
+        run_directory=str(directory.path),
+        model_path=str(start.model_path),
+        checkpoint=None if start.checkpoint is None else str(start.checkpoint),
+        version=start.version,
+        resources=share_resources(config, os.cpu_count() or 1, gpus),
+        run_attempt=run_attempt,
+        started_at=started_at,
+        secrets=list(secret_values(config).values()),
+        dispatched=start.dispatched,
+    )
+    controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(plan)
+    return controller, controller.run.remote(controller)
 
 
 def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dict[str, Any]:
     """Show snapshots until the run ends. The first Ctrl-C ends it in good order, the second at once."""
     import ray
 
+    from orchestrator.controller import RunInterrupted
+
+    asked = False
+
     def interrupted(*_: object) -> None:
-        controller.interrupt.remote()
-        signal.signal(signal.SIGINT, previous)
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, interrupted)
     try:
         with view:
+            told = False
             while True:
+                if asked and not told:
+                    controller.interrupt.remote()
+                    told = True
                 done, _ = ray.wait([result], timeout=every_s)
                 if done:
                     break
-                try:
-                    snapshot = ray.get(controller.snapshot.remote(), timeout=10)
-                except ray.exceptions.RayError as error:
-                    logger.debug("no snapshot: %s", error)
-                    continue
-                view.update(Snapshot.from_dict(snapshot), time.monotonic())
+                _show(controller, view)
             summary: dict[str, Any] = ray.get(result)
             return summary
     except ray.exceptions.RayTaskError as error:
-        raise LaunchError(str(getattr(error, "cause", None) or error)) from None
+        cause = getattr(error, "cause", None) or error
+        raise (Interrupted if isinstance(cause, RunInterrupted) else LaunchError)(str(cause)) from None
     except ray.exceptions.RayError as error:
         raise LaunchError(
             f"the controller died ({error}); `millrace resume` continues from the last checkpoint"
@@ -201,15 +239,40 @@ def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dic
         signal.signal(signal.SIGINT, previous)
 
 
-def find_start(config: Config, directory: RunDirectory, model_path: Path) -> Start:
-    """Where a resumed run goes on: its newest checkpoint, or the beginning. Raises CheckpointError if that is damaged."""
-    from learner.checkpoint import latest, read_checkpoint
+def _show(controller: Any, view: LiveView) -> None:
+    import ray
 
-    newest = latest(directory.checkpoints)
-    if newest is None:
+    try:
+        snapshot = ray.get(controller.snapshot.remote(), timeout=10)
+    except ray.exceptions.RayError as error:
+        logger.debug("no snapshot: %s", error)
+        return
+    view.update(Snapshot.from_dict(snapshot), time.monotonic())
+
+
+def find_start(directory: RunDirectory, model_path: Path, name: str | None = None) -> Start:
+    """Where a resumed run goes on: the checkpoint ``name``, or the newest one, or the beginning.
+
+    Raises CheckpointError if that is missing or damaged.
+    """
+    from learner.checkpoint import all_checkpoints, latest, read_checkpoint
+
+    chosen = latest(directory.checkpoints)
+    if name is not None:
+        chosen = directory.checkpoints / name
+        if not chosen.is_dir():
+            raise LaunchError(
+                f"{directory.path} has no checkpoint {name!r}; {there_are(all_checkpoints(directory.checkpoints))}"
+            )
+    if chosen is None:
         return Start(model_path)
-    state = read_checkpoint(newest)
-    return Start(model_path, newest, state.version, int(state.extra.get("dispatched", 0)))
+    state = read_checkpoint(chosen)
+    return Start(model_path, chosen, state.version, int(state.extra.get("dispatched", 0)))
+
+
+def there_are(checkpoints: list[Path]) -> str:
+    """Names of checkpoints, in words."""
+    return f"there are {', '.join(path.name for path in checkpoints)}" if checkpoints else "there are none yet"
 
 
 def describe(summary: dict[str, Any]) -> str:

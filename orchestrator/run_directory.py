@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -179,6 +180,23 @@ class RunDirectory:
         except OSError as error:
             raise _unwritable(self.attempts, error) from error
         return number
+
+    def set_aside(self, step: int) -> list[str]:
+        """Rename checkpoints and evaluations of later steps than ``step`` to ``NAME.abandoned``: the run goes on from
+        there and will make its own. Returns their names."""
+        moved = []
+        for path in sorted([*self.checkpoints.glob("step-*"), *self.evaluations.glob("step-*")]):
+            match = re.fullmatch(r"step-(\d+)(\.json|\.journal)?", path.name)
+            if match is None or int(match[1]) <= step:
+                continue
+            target = path.with_name(f"{path.name}.abandoned")
+            try:
+                shutil.rmtree(target, ignore_errors=True)
+                path.replace(target)
+            except OSError as error:
+                raise _unwritable(path, error) from error
+            moved.append(path.name)
+        return moved
 
 
 def _make_room(root: Path, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ Where standard output is not a terminal (a file, a CI log), one plain line every
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -69,17 +70,23 @@ class LiveView:
     """Shows snapshots on a console. Start, update as often as wanted, stop; stopping twice is harmless."""
 
     def __init__(self, console: Console | None = None, *, plain_every_s: float = 10.0) -> None:
-        self._console = console or Console()
+        self._console = console or Console(file=sys.stdout)
         self._plain_every_s = plain_every_s
         self._live: Live | None = None
         self._plain_at: float | None = None
         self._plain_key: tuple[str, int] | None = None
         self._last_events: list[str] = []
 
+    @property
+    def console(self) -> Console:
+        return self._console
+
     def start(self) -> None:
         """Take the terminal, if there is one."""
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live = Live(
+                console=self._console, auto_refresh=False, vertical_overflow="crop", redirect_stdout=False
+            )
             self._live.start()
 
     def update(self, snapshot: Snapshot, now: float) -> None:
