@@ -10,7 +10,6 @@ Shapes: T tokens, H query heads, G key/value heads, D head size, S slots, L posi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import count
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
@@ -26,9 +25,6 @@ from rollout_workers.engines.torch_engine.slot_table import IntArray
 
 ATTENTION_NAME = "millrace_slots"
 """The ``attn_implementation`` to load a model with. No mask function has this name, so transformers makes no mask."""
-
-LONGEST = 1 << 20
-"""No sequence is longer than this."""
 
 LENGTH_STEP = 16
 """Attended lengths are rounded up to a multiple of this, so that shapes repeat from step to step."""
@@ -48,6 +44,7 @@ class SlotCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.step: Step | None = None
         """The step that is being computed."""
+        self._positions: Tensor | None = None
         self.number = next(SlotCache._numbers)
         """Names this cache where only plain values can pass, as in a traced model."""
         SlotCache._by_number[self.number] = self
@@ -55,6 +52,16 @@ class SlotCache:
     @classmethod
     def numbered(cls, number: int) -> SlotCache:
         return cls._by_number[number]
+
+    def round_up(self, length: int) -> int:
+        """How many positions to attend over for ``length`` of them."""
+        return min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.max_len)
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """int64 [L]: 0, 1, 2, ..."""
+        if self._positions is None:
+            self._positions = torch.arange(self.max_len, device=device)
+        return self._positions[:length]
 
     def layer(self, index: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
         if index not in self.layers:
@@ -72,8 +79,8 @@ class SlotCache:
     def swap(self, low: IntArray, high: IntArray, length: int) -> None:
         """Exchange the first ``length`` positions of slots ``low[i]`` and ``high[i]``."""
         device = next(iter(self.layers.values()))[0].device
-        to = _to_device(np.concatenate([low, high]), device)
-        source = _to_device(np.concatenate([high, low]), device)
+        to = to_device(np.concatenate([low, high]), device)
+        source = to_device(np.concatenate([high, low]), device)
         for pair in self.layers.values():
             for tensor in pair:
                 used = tensor[:, :, :length]
@@ -101,9 +108,15 @@ class DecodeStep:
     """T decoding rows, one query each, over the slots from 0 to the last of theirs. Tensor operations only."""
 
     def __init__(
-        self, layers: Sequence[tuple[Tensor, Tensor]], slots_T: Tensor, positions_T: Tensor, mask_N11L: Tensor
-    ):
-        self.layers, self.slots_T, self.positions_T, self.mask_N11L = layers, slots_T, positions_T, mask_N11L
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        slots_T: Tensor,
+        positions_T: Tensor,
+        last_N: Tensor,
+        seen_L: Tensor,
+    ) -> None:
+        self.layers, self.slots_T, self.positions_T = layers, slots_T, positions_T
+        self.mask_N11L = visible(seen_L, last_N, layers[0][0].dtype)[:, None, None]
 
     def attend(
         self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
@@ -129,31 +142,37 @@ def decode_attention(
     return out_NGRD.index_select(0, slots_T).reshape(count, heads, -1)
 
 
-def decode_mask(plan: StepPlan, max_len: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``[N, 1, 1, L]``: what the decoding rows see; slots without one see position 0."""
-    slots, positions = plan.slots[: plan.decodes], plan.positions[: plan.decodes]
+def last_positions(plan: StepPlan) -> IntArray:
+    """int64 [N]: the last position that each slot's decoding row sees; 0 in slots without one."""
+    slots = plan.slots[: plan.decodes]
     last_N = np.zeros(slots[-1] + 1, np.int64)
-    last_N[slots] = positions
-    length = _round_up(int(positions.max()) + 1, max_len)
-    return _visible(_to_device(last_N, device), length, dtype)[:, None, None]
+    last_N[slots] = plan.positions[: plan.decodes]
+    return last_N
+
+
+def visible(positions_L: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask: 0 up to and including position ``last``, minus infinity after it; adds a dimension L."""
+    zero = torch.zeros((), dtype=dtype, device=last.device)
+    return torch.where(positions_L <= last[..., None], zero, -torch.inf)
 
 
 class _Prefill:
     """N chunks of at most Q tokens, padded to Q for attention only; the R query heads of a KV head are stacked."""
 
-    def __init__(self, chunks: tuple[Chunk, ...], max_len: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cache: SlotCache, chunks: tuple[Chunk, ...], device: torch.device, dtype: torch.dtype) -> None:
         lengths = np.array([chunk.length for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         self.first = chunks[0].row
         self.count, self.longest = len(chunks), int(lengths.max())
         self.tokens = int(lengths.sum())
-        self.length = _round_up(int((starts + lengths).max()), max_len)
-        self.slots = _to_device(np.array([chunk.slot for chunk in chunks]), device)
+        self.length = cache.round_up(int((starts + lengths).max()))
+        self.slots = to_device(np.array([chunk.slot for chunk in chunks]), device)
         columns = np.arange(self.longest)
         padded = None if self.tokens == self.count * self.longest else np.flatnonzero(columns < lengths[:, None])
-        self.padded = None if padded is None else _to_device(padded, device)
+        self.padded = None if padded is None else to_device(padded, device)
         last_NQ = starts[:, None] + np.minimum(columns, lengths[:, None] - 1)
-        self.mask_N1QL = _visible(_to_device(last_NQ, device), self.length, dtype)[:, None]
+        seen_L = cache.positions(self.length, device)
+        self.mask_N1QL = visible(seen_L, to_device(last_NQ, device), dtype)[:, None]
 
     def attend(self, query_THD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, scaling: float | None) -> Tensor:
         _, heads, size = query_THD.shape
@@ -178,10 +197,14 @@ class MixedStep:
     def __init__(self, cache: SlotCache, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
         self.cache = cache
         self.decodes = plan.decodes
-        self.slots_T = _to_device(plan.slots, device)
-        self.positions_T = _to_device(plan.positions, device)
-        self.mask_N11L = decode_mask(plan, cache.max_len, device, dtype) if plan.decodes else None
-        self.prefills = [_Prefill(group, cache.max_len, device, dtype) for group in plan.chunks]
+        self.slots_T = to_device(plan.slots, device)
+        self.positions_T = to_device(plan.positions, device)
+        self.mask_N11L = None
+        if plan.decodes:
+            last_N = last_positions(plan)
+            seen_L = cache.positions(cache.round_up(int(last_N.max()) + 1), device)
+            self.mask_N11L = visible(seen_L, to_device(last_N, device), dtype)[:, None, None]
+        self.prefills = [_Prefill(cache, group, device, dtype) for group in plan.chunks]
 
     def attend(
         self, layer: int, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, scaling: float | None
@@ -254,22 +277,6 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, slot_attention)
 
 
-def _visible(last: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask: 0 up to and including position ``last``, minus infinity after it; adds a dimension ``length``."""
-    positions, zero, hidden = _mask_parts(last.device, dtype)
-    return torch.where(positions[:length] <= last[..., None], zero, hidden)
-
-
-@cache
-def _mask_parts(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What every mask is made of: positions (of any sequence that may come), 0 and minus infinity."""
-    ends = torch.tensor([0.0, -torch.inf], dtype=dtype, device=device)
-    return torch.arange(LONGEST, device=device), ends[0], ends[1]
-
-
-def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def _round_up(length: int, most: int) -> int:
-    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, most)
+def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

@@ -242,8 +242,7 @@ class TorchEngine:
     def _forward(self, plan: StepPlan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """One pass over the step's tokens; returns a sampled token and its log-probability for each sample row."""
         slots = plan.sample_slots
-        rows = plan.sample_rows if len(slots) else np.zeros(1, np.int64)
-        logits_RV = self._compute(plan, rows)
+        logits_RV = self._compute(plan)
         if not len(slots):
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         table = self.table
@@ -261,15 +260,16 @@ class TorchEngine:
         """Append the sampled tokens to their sequences, end those that are complete, and report what is due."""
         table = self.table
         chunks = []
-        if not np.isfinite(logprobs).all():
-            sound = np.isfinite(logprobs)
+        sound = np.isfinite(logprobs)
+        if not sound.all():
             chunks = [self._poisoned(slot, version) for slot in slots[~sound].tolist()]
             slots, tokens, logprobs = slots[sound], tokens[sound], logprobs[sound]
         positions = table.length[slots]
         table.tokens[slots, positions] = tokens
         table.logprobs[slots, positions] = logprobs
         table.versions[slots, positions] = version
-        table.length[slots] = lengths = positions + 1
+        lengths = positions + 1
+        table.length[slots] = lengths
         self.counters.generated_tokens += len(slots)
         full = lengths >= table.limit[slots]
         stopped, matches = self._eos[tokens], dict[int, str]()
@@ -278,7 +278,7 @@ class TorchEngine:
             matches = self._stop_strings(slots, tokens)
             stopped |= np.isin(slots, list(matches))
         report = stopped | full | (lengths - table.emitted[slots] >= self.config.stream_every)
-        for index in np.flatnonzero(report).tolist():
+        for index in report.nonzero()[0].tolist():
             slot = int(slots[index])
             if stopped[index]:
                 chunks.append(self._finish(slot, FinishReason.STOP, stop_match=matches.get(slot)))

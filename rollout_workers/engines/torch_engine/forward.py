@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rollout_workers.engines.torch_engine.attention import DecodeStep, MixedStep, NumberedStep, SlotCache, Step
+from rollout_workers.engines.torch_engine.attention import (
+    DecodeStep,
+    MixedStep,
+    NumberedStep,
+    SlotCache,
+    Step,
+    last_positions,
+    to_device,
+)
 from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
-from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray
+from rollout_workers.engines.torch_engine.slot_table import SERVED
 
 logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
 
 DENSE = frozenset({"granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"})
 """Model types whose forward pass takes the same path for every input."""
@@ -38,7 +48,7 @@ class Forward:
         self._decode: Any = None
         self._mixed: Any = None
         with torch.inference_mode():
-            self(_prefill_plan(3), np.zeros(1, np.int64))
+            self(_prefill_plan(3))
             if trace and self._device.type == "cpu" and model.config.model_type in DENSE:
                 self._trace()
 
@@ -46,61 +56,54 @@ class Forward:
     def traced(self) -> bool:
         return self._mixed is not None
 
-    def __call__(self, plan: StepPlan, rows: IntArray) -> Tensor:
-        """float32 [R, V]: the logits of the given rows of the step."""
+    def __call__(self, plan: StepPlan) -> Tensor:
+        """float32 [R, V]: the logits of the step's sample rows; of its first row when there is none."""
+        if self._decode is not None and not plan.chunks:
+            logits_RV: Tensor = self._decode(*_decode_inputs(plan, self._cache))
+            return logits_RV
         self._cache.step = step = MixedStep(self._cache, plan, self._device, self._dtype)
-        ids_1T = torch.from_numpy(plan.tokens).to(self._device)[None]
-        rows_R = torch.from_numpy(rows).to(self._device)
-        inputs = ids_1T, step.positions_T[None], rows_R
-        if self._mixed is None:
-            logits_1RV = _logits(self._model, *inputs, step)
-        elif plan.chunks:
-            logits_1RV = self._mixed(*inputs)
-        else:
-            logits_1RV = self._decode(*inputs, step.slots_T, step.mask_N11L)
-        return logits_1RV[0].float()
+        inputs = _mixed_inputs(plan, step)
+        if self._mixed is not None:
+            logits_RV = self._mixed(*inputs)
+            return logits_RV
+        return _logits(self._model, *inputs, step)
 
     def _trace(self) -> None:
         """Trace, and keep the traces if they give the same bits as the untraced model on steps of several shapes."""
         count = min(3, self._cache.slots)
         plans = [_prefill_plan(min(n, self._cache.max_len)) for n in (1, 2, 17, 40)]
         plans += [_decode_plan(n, position) for n in (count, 1) for position in (1, self._cache.max_len - 1)]
-        wanted = [self(plan, plan.sample_rows) for plan in plans]
+        wanted = [self(plan) for plan in plans]
         try:
             decode, mixed = self._trace_decode(), self._trace_mixed()
         except (RuntimeError, TypeError) as error:
             logger.warning("%s is not traced: %s", type(self._model).__name__, error)
             return
         self._decode, self._mixed = decode, mixed
-        if not all(
-            torch.equal(self(plan, plan.sample_rows), logits) for plan, logits in zip(plans, wanted, strict=True)
-        ):
+        if not all(torch.equal(self(plan), logits) for plan, logits in zip(plans, wanted, strict=True)):
             self._decode = self._mixed = None
             logger.warning("%s is not traced: the traces give other logits", type(self._model).__name__)
 
     def _trace_decode(self) -> Any:
-        plan = _decode_plan(min(2, self._cache.slots), 1)
-        step = MixedStep(self._cache, plan, self._device, self._dtype)
-        inputs = torch.from_numpy(plan.tokens)[None], step.positions_T[None], torch.from_numpy(plan.sample_rows)
-        return _traced(_Decode(self._model, self._cache), (*inputs, step.slots_T, step.mask_N11L))
+        inputs = _decode_inputs(_decode_plan(min(2, self._cache.slots), 1), self._cache)
+        return _traced(_Decode(self._model, self._cache), inputs)
 
     def _trace_mixed(self) -> Any:
         plan = _prefill_plan(min(3, self._cache.max_len))
         self._cache.step = step = MixedStep(self._cache, plan, self._device, self._dtype)
-        inputs = torch.from_numpy(plan.tokens)[None], step.positions_T[None], torch.from_numpy(plan.sample_rows)
-        return _traced(_Mixed(self._model, self._cache), inputs)
+        return _traced(_Mixed(self._model, self._cache), _mixed_inputs(plan, step))
 
 
 class _Mixed(torch.nn.Module):
-    """The model over any step: ids and positions [1, T], rows [R] -> logits [1, R, V]."""
+    """The model over any step: ids and positions [T], rows [R] -> logits [R, V]."""
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
         super().__init__()
         self.model = model
         self.step = NumberedStep(cache)
 
-    def forward(self, ids_1T: Tensor, positions_1T: Tensor, rows_R: Tensor) -> Tensor:
-        return _logits(self.model, ids_1T, positions_1T, rows_R, self.step)
+    def forward(self, ids_T: Tensor, positions_T: Tensor, rows_R: Tensor) -> Tensor:
+        return _logits(self.model, ids_T, positions_T, rows_R, self.step)
 
 
 class _Decode(torch.nn.Module):
@@ -114,19 +117,33 @@ class _Decode(torch.nn.Module):
             self.register_buffer(f"keys{index}", keys)
             self.register_buffer(f"values{index}", values)
 
-    def forward(
-        self, ids_1T: Tensor, positions_1T: Tensor, rows_R: Tensor, slots_T: Tensor, mask_N11L: Tensor
-    ) -> Tensor:
+    def forward(self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, last_N: Tensor, seen_L: Tensor) -> Tensor:
         layers = [(getattr(self, f"keys{index}"), getattr(self, f"values{index}")) for index in range(self.count)]
-        step = DecodeStep(layers, slots_T, positions_1T[0], mask_N11L)
-        return _logits(self.model, ids_1T, positions_1T, rows_R, step)
+        return _logits(self.model, ids_T, positions_T, 0, DecodeStep(layers, slots_T, positions_T, last_N, seen_L))
 
 
-def _logits(model: Any, ids_1T: Tensor, positions_1T: Tensor, rows_R: Tensor, step: Step) -> Tensor:
-    """[1, R, V]"""
-    output = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=rows_R, slot_step=step)
-    logits_1RV: Tensor = output.logits
-    return logits_1RV
+def _logits(model: Any, ids_T: Tensor, positions_T: Tensor, rows: Tensor | int, step: Step) -> Tensor:
+    """float32 [R, V]; ``rows`` 0 means all."""
+    output = model(
+        input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, logits_to_keep=rows, slot_step=step
+    )
+    logits_RV: Tensor = output.logits[0]
+    return logits_RV.float()
+
+
+def _decode_inputs(plan: StepPlan, cache: SlotCache) -> tuple[Tensor, ...]:
+    """What :class:`_Decode` takes, on the CPU."""
+    last_N = last_positions(plan)
+    seen_L = cache.positions(cache.round_up(int(last_N.max()) + 1), _CPU)
+    arrays = plan.tokens, plan.positions, plan.slots, last_N
+    return (*map(torch.from_numpy, arrays), seen_L)
+
+
+def _mixed_inputs(plan: StepPlan, step: MixedStep) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_Mixed` takes."""
+    rows = plan.sample_rows if len(plan.sample_rows) else np.zeros(1, np.int64)
+    device = step.positions_T.device
+    return to_device(plan.tokens, device), step.positions_T, to_device(rows, device)
 
 
 def _traced(module: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -131,7 +131,7 @@ class Scheduler:
 
             exchanged + COMPACTION_OVERHEAD <= holes
         """
-        running = np.flatnonzero(self.table.running)
+        running = self.table.running.nonzero()[0]
         count = len(running)
         holes = int(running[-1]) + 1 - count if count else 0
         if holes <= COMPACTION_OVERHEAD:
@@ -143,11 +143,11 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing runs. Requests on different weights take turns, one step each."""
-        running = np.flatnonzero(self.table.running)
+        running = self.table.running.nonzero()[0]
         if not len(running):
             return None
         pins = self.table.pin[running]
-        if pins[0] != SERVED or (pins != SERVED).any():
+        if pins.max() != SERVED:
             choices = np.unique(pins)
             later = choices[choices > self._last_pin]
             self._last_pin = int(later[0] if len(later) else choices[0])
@@ -195,7 +195,7 @@ class Scheduler:
     def computed(self, plan: StepPlan, version: int) -> None:
         """Record that the step's tokens have their KV, computed with the weights of ``version``."""
         table = self.table
-        if not plan.positions.all():
+        if plan.positions.min() == 0:
             table.kv_oldest[plan.slots[plan.positions == 0]] = version
         table.kv_length[plan.slots[: plan.decodes]] += 1
         for group in plan.chunks:
