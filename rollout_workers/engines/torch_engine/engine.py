@@ -13,6 +13,7 @@ the same order give the same results bit for bit (one machine, one number of thr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
 from rollout_workers.engines.torch_engine.forward import Forward
 from rollout_workers.engines.torch_engine.requests import refusal
-from rollout_workers.engines.torch_engine.sampler import draw, sample
+from rollout_workers.engines.torch_engine.sampler import sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
 from rollout_workers.engines.torch_engine.stop_strings import StopStrings
@@ -235,6 +236,7 @@ class TorchEngine:
         request = self.table.request[slot]
         assert request is not None
         self.counters.cached_tokens += int(self.table.cached[slot])
+        self.table.report_at[slot] = len(request.prompt) + min(self.config.stream_every, request.max_tokens)
         if request.stop:
             self.table.matcher[slot] = self._stops.matcher(request.stop)
 
@@ -242,16 +244,16 @@ class TorchEngine:
     def _forward(self, plan: StepPlan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """One pass over the step's tokens; returns a sampled token and its log-probability for each sample row."""
         slots = plan.sample_slots
-        logits_RV = self._compute(plan)
         if not len(slots):
+            self._compute(plan)
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         table = self.table
         draws = table.uniforms[slots, table.length[slots]]
         if table.plain[slots].all():
-            tokens, logprobs = draw(logits_RV, draws)
+            tokens, logprobs = self._compute.draw(plan, draws)
         else:
             settings = table.temperature[slots], table.top_k[slots], table.top_p[slots]
-            tokens, logprobs = sample(logits_RV, *settings, draws)
+            tokens, logprobs = sample(self._compute(plan), *settings, draws)
         return tokens.cpu().numpy().astype(np.int32), logprobs.cpu().numpy()
 
     def _record(
@@ -260,8 +262,8 @@ class TorchEngine:
         """Append the sampled tokens to their sequences, end those that are complete, and report what is due."""
         table = self.table
         chunks = []
-        sound = np.isfinite(logprobs)
-        if not sound.all():
+        if not math.isfinite(logprobs.sum()):
+            sound = np.isfinite(logprobs)
             chunks = [self._poisoned(slot, version) for slot in slots[~sound].tolist()]
             slots, tokens, logprobs = slots[sound], tokens[sound], logprobs[sound]
         positions = table.length[slots]
@@ -271,18 +273,17 @@ class TorchEngine:
         lengths = positions + 1
         table.length[slots] = lengths
         self.counters.generated_tokens += len(slots)
-        full = lengths >= table.limit[slots]
         stopped, matches = self._eos[tokens], dict[int, str]()
         if table.stops[slots].any():
             stopped |= (table.stop_ids[slots] == tokens[:, None]).any(1)
             matches = self._stop_strings(slots, tokens)
             stopped |= np.isin(slots, list(matches))
-        report = stopped | full | (lengths - table.emitted[slots] >= self.config.stream_every)
+        report = stopped | (lengths >= table.report_at[slots])
         for index in report.nonzero()[0].tolist():
             slot = int(slots[index])
             if stopped[index]:
                 chunks.append(self._finish(slot, FinishReason.STOP, stop_match=matches.get(slot)))
-            elif full[index]:
+            elif table.length[slot] >= table.limit[slot]:
                 chunks.append(self._finish(slot, FinishReason.LENGTH))
             else:
                 chunks.append(self._chunk(slot))
@@ -329,6 +330,7 @@ class TorchEngine:
         assert request is not None
         new = slice(int(table.emitted[slot]), int(table.length[slot]))
         table.emitted[slot] = new.stop
+        table.report_at[slot] = min(new.stop + self.config.stream_every, int(table.limit[slot]))
         cached = max(int(table.cached[slot]), 0)
         table.cached[slot] = -1
         return TokenChunk(

@@ -2,7 +2,7 @@
 
 With a small model on a CPU, more than a third of a step is Python: modules, wrappers and checks of transformers around
 some 150 small operations. A TorchScript trace replays those operations without them, bit for bit the same. There are
-two: one of steps that only decode, attention included, and one of mixed steps, whose attention is an operation that
+two: one of steps that only decode, attention and sampling included, and one of mixed steps, whose attention is an operation that
 calls back. A trace records one path through the code, so only architectures without data-dependent paths are traced,
 and each trace is compared with the untraced model before it is used.
 """
@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from rollout_workers.engines.torch_engine.attention import (
     last_positions,
     to_device,
 )
+from rollout_workers.engines.torch_engine.sampler import draw
 from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED
 
@@ -56,10 +58,18 @@ class Forward:
     def traced(self) -> bool:
         return self._mixed is not None
 
+    def draw(self, plan: StepPlan, uniform_R: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """As :func:`.sampler.draw` from the logits of the step's sample rows."""
+        if self._decode is None or plan.chunks:
+            return draw(self(plan), to_device(uniform_R, self._device))
+        _, tokens_R, logprobs_R = self._decode(*_decode_inputs(plan, self._cache), torch.from_numpy(uniform_R))
+        return tokens_R, logprobs_R
+
     def __call__(self, plan: StepPlan) -> Tensor:
         """float32 [R, V]: the logits of the step's sample rows; of its first row when there is none."""
         if self._decode is not None and not plan.chunks:
-            logits_RV: Tensor = self._decode(*_decode_inputs(plan, self._cache))
+            unused_T = torch.zeros(plan.decodes, dtype=torch.float64)
+            logits_RV: Tensor = self._decode(*_decode_inputs(plan, self._cache), unused_T)[0]
             return logits_RV
         self._cache.step = step = MixedStep(self._cache, plan, self._device, self._dtype)
         inputs = _mixed_inputs(plan, step)
@@ -85,7 +95,8 @@ class Forward:
             logger.warning("%s is not traced: the traces give other logits", type(self._model).__name__)
 
     def _trace_decode(self) -> Any:
-        inputs = _decode_inputs(_decode_plan(min(2, self._cache.slots), 1), self._cache)
+        plan = _decode_plan(min(2, self._cache.slots), 1)
+        inputs = *_decode_inputs(plan, self._cache), torch.zeros(plan.decodes, dtype=torch.float64)
         return _traced(_Decode(self._model, self._cache), inputs)
 
     def _trace_mixed(self) -> Any:
@@ -107,7 +118,7 @@ class _Mixed(torch.nn.Module):
 
 
 class _Decode(torch.nn.Module):
-    """The model over a step of decoding rows; the cache is part of the graph."""
+    """The model over a step of decoding rows, and a draw from its logits; the cache is part of the graph."""
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
         super().__init__()
@@ -117,9 +128,19 @@ class _Decode(torch.nn.Module):
             self.register_buffer(f"keys{index}", keys)
             self.register_buffer(f"values{index}", values)
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, last_N: Tensor, seen_L: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        last_N: Tensor,
+        seen_L: Tensor,
+        uniform_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layers = [(getattr(self, f"keys{index}"), getattr(self, f"values{index}")) for index in range(self.count)]
-        return _logits(self.model, ids_T, positions_T, 0, DecodeStep(layers, slots_T, positions_T, last_N, seen_L))
+        step = DecodeStep(layers, slots_T, positions_T, last_N, seen_L)
+        logits_TV = _logits(self.model, ids_T, positions_T, 0, step)
+        return (logits_TV, *draw(logits_TV, uniform_T))
 
 
 def _logits(model: Any, ids_T: Tensor, positions_T: Tensor, rows: Tensor | int, step: Step) -> Tensor:

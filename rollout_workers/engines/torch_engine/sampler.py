@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 
-def draw(logits_RV: Tensor, uniform_R: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+def draw(logits_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from the softmax of its logits, by inverting the cumulative distribution.
 
     Args:
         logits_RV: float32 [R, V].
-        uniform_R: numbers in [0, 1), one a row.
+        uniform_R: float64 [R], numbers in [0, 1).
 
     Returns:
         Token ids int64 [R] and their log-probabilities float32 [R].
     """
     probabilities_RV = logits_RV.softmax(-1)
     cumulative_RV = probabilities_RV.cumsum(-1, dtype=torch.float64)
-    threshold_R1 = torch.from_numpy(uniform_R).to(logits_RV.device)[:, None] * cumulative_RV[:, -1:]
+    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
     tokens_R1 = torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=logits_RV.shape[-1] - 1)
     return tokens_R1[:, 0], probabilities_RV.gather(1, tokens_R1)[:, 0].log_()
 
@@ -52,7 +52,7 @@ def sample(
         logits_RV = logits_RV / torch.from_numpy(divisor_R).to(device)[:, None]
     if top_k_R.any() or (top_p_R < 1).any():
         logits_RV = _filter(logits_RV, top_k_R, top_p_R)
-    tokens_R, logprobs_R = draw(logits_RV, uniform_R)
+    tokens_R, logprobs_R = draw(logits_RV, torch.from_numpy(uniform_R).to(device))
     if greedy_R.any():
         best_R1 = logits_RV.argmax(-1, keepdim=True)
         on_device_R = torch.from_numpy(greedy_R).to(device)

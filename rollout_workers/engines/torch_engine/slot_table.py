@@ -48,6 +48,8 @@ class SlotTable:
         """Position of the request in order of admission."""
         self.limit = np.zeros(slots, np.int64)
         """``length`` at which the request has used up its ``max_tokens``."""
+        self.report_at = np.zeros(slots, np.int64)
+        """``length`` at which the request's next chunk is due."""
         self.emitted = np.zeros(slots, np.int64)
         """Tokens up to here have been reported."""
         self.temperature = np.ones(slots, np.float32)
