@@ -27,36 +27,37 @@ class Parcels(ToolEnvironment):
         return Task(
             task_id=f"{split}/{index}",
             environment=cls.name,
-            payload={"damaged": damaged, "sound": sound},
+            payload={"damaged": str(damaged), "sound": str(sound)},
             domain=cls.name,
         )
 
     @classmethod
     def verify(cls, task: Task, outcome: Mapping[str, Any]) -> VerifierResult:
-        """1 for the damaged order's refund and no other; a little for finding out how the tools are used."""
+        """1 for the damaged order's refund and no other; a little for finding out how that tool is used."""
         parts = {
             "right": float(outcome["refunded"] == [task.payload["damaged"]]),
             "some_refund": float(bool(outcome["refunded"])),
-            "some_tool": float(outcome["calls"] + outcome["faults"] > 0),
+            "tried": float(outcome["tried"]),
         }
-        return VerifierResult(
-            reward=0.8 * parts["right"] + 0.1 * parts["some_refund"] + 0.1 * parts["some_tool"], parts=parts
-        )
+        reward = 0.8 * parts["right"] + 0.1 * parts["some_refund"] + 0.1 * parts["tried"]
+        return VerifierResult(reward=reward, parts=parts)
 
     def reset(self, task: Task) -> str:
         damaged, sound = task.payload["damaged"], task.payload["sound"]
         self.statuses = {damaged: "damaged", sound: "delivered"}
-        self.refunded: list[int] = []
+        self.refunded: list[str] = []
+        self.tried = False
         return f"refund order {min(self.statuses)} else {max(self.statuses)} if damaged"
 
-    def find_order(self, order: int) -> str:
+    def find_order(self, order: str) -> str:
         """Look up the status of an order."""
         if order not in self.statuses:
             raise AgentFault(f"there is no order {order}")
         return self.statuses[order]
 
-    def refund(self, order: int) -> str:
+    def refund(self, order: str) -> str:
         """Pay an order back."""
+        self.tried = True
         if order not in self.statuses:
             raise AgentFault(f"there is no order {order}")
         self.refunded.append(order)
@@ -67,4 +68,4 @@ class Parcels(ToolEnvironment):
         return "error"
 
     def outcome(self) -> dict[str, Any]:
-        return {**super().outcome(), "refunded": self.refunded}
+        return {**super().outcome(), "refunded": self.refunded, "tried": self.tried}
