@@ -138,7 +138,9 @@ class Learner:
             self._write_model(temporary)
             save_file({**backend.optimizer_state(), RNG_KEY: torch.get_rng_state()}, temporary / OPTIMIZER_FILE)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write a checkpoint to {directory}: {error}") from error
+            raise CheckpointError(
+                f"cannot write a checkpoint to {directory}: {error}; free space there, then resume the run"
+            ) from error
         state = CheckpointState(self.version, self.version, backend.updates, extra or {})
         return commit_checkpoint(temporary, state, self._keep)
 

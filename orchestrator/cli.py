@@ -147,7 +147,7 @@ def resume(run: str, overrides: tuple[str, ...], checkpoint: str | None) -> None
         )
     telemetry.cut_metrics(directory, start.version)
     for name in directory.set_aside(start.version):
-        console.print(f"{name} belongs to what is done again: it is kept as {name}.abandoned", highlight=False)
+        Announcer(console).say(f"{name} belongs to what is done again: it is kept as {name}.abandoned")
     where = "the beginning" if start.checkpoint is None else f"checkpoint {start.checkpoint.name}"
     console.print(f"continuing from {where}")
     summary = launch.run(settings, directory, start, _started_at(), LiveView(console))

@@ -152,4 +152,6 @@ def first_line(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return first_line(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "error raised in its creation task" in str(error):  # Ray gives the traceback as text; its last line is the cause
+        return lines[-1]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

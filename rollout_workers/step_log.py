@@ -90,11 +90,11 @@ class StepLog:
         self._journal.close()
 
     def _rotate(self) -> None:
-        self._journal.close()
+        full, self._journal = self._journal, Journal(self._segment(self._number + 1))
         self._number += 1
         self._written = 0
-        self._journal = Journal(self._segment(self._number))
         self._episodes[self._number] = set()
+        full.close()
 
     def _segment(self, number: int) -> Path:
         return self._directory / f"{number:06d}"

@@ -30,7 +30,7 @@ from env_pool.errors import Fault
 from env_pool.registry import load_environment
 from env_pool.rewards.records import RewardResult, RewardSample
 from experience.entries import EpisodeEntry, make_entry
-from experience.journal import Journal
+from experience.journal import Journal, JournalError
 from experience.records import Status
 from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats
 from rollout_workers.chat import ChatTokenizer
@@ -178,11 +178,19 @@ class RolloutWorker:
                 await self._attempts(assignment, member, episode_id)
             except asyncio.CancelledError:
                 raise
-            except Exception:
-                logger.exception("episode %s ended by a defect of the worker", episode_id)
+            except Exception as error:
+                logger.exception("episode %s could not be delivered", episode_id)
+                await self._undelivered(assignment, episode_id, error)
             finally:
                 self._live -= 1
                 self.engines.check_barrier()
+
+    async def _undelivered(self, assignment: Assignment, episode_id: str, error: Exception) -> None:
+        """The queue or the controller refused an episode: say so, that nobody waits for it."""
+        try:
+            await self._give_up(assignment, episode_id, EpisodeFailed("delivery_fault", _first_line(error)), 1)
+        except Exception:
+            logger.exception("nobody could be told that episode %s is lost", episode_id)
 
     async def _attempts(self, assignment: Assignment, member: int, episode_id: str) -> None:
         """Run the episode until it ends as an episode can, at most `rollout.max_attempts` times."""
@@ -237,11 +245,13 @@ class RolloutWorker:
         limit = self._config.episode_timeout_s
         status = Status.FINISHED
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as deadline:
                 await self._loop(Episode(context), **self._config.args)
         except ContextFull:
             status = Status.TRUNCATED
-        except TimeoutError:
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise EpisodeFailed(LoopFault.reason, _user_error(self._config.loop, error)) from error
             raise EpisodeFailed(
                 LoopTimeout.reason,
                 f"rollout loop {self._config.loop!r} did not end within rollout.episode_timeout_s={limit:g} s on task "
@@ -251,6 +261,8 @@ class RolloutWorker:
             raise EpisodeFailed(f"{fault.blame.value}_fault", str(fault)) from fault
         except EpisodeError as error:
             raise EpisodeFailed(error.reason, str(error)) from error
+        except JournalError as error:  # it comes through the loop, but is not the loop's
+            raise EpisodeFailed("journal_fault", str(error)) from error
         except Exception as error:
             raise EpisodeFailed(LoopFault.reason, _user_error(self._config.loop, error)) from error
         if not any(builder.sampled for builder in context.builders):
@@ -387,6 +399,12 @@ def with_loop_parts(result: RewardResult, parts: dict[str, float]) -> RewardResu
 
 def _forget(record: StepRecord) -> None:
     """Evaluation episodes are not journalled: a lost one is simply run again."""
+
+
+def _first_line(error: Exception) -> str:
+    """Type and first line of an error, or of the one that Ray brought from another process."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
 
 
 def _user_error(loop: str, error: Exception) -> str:
