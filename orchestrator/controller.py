@@ -37,7 +37,7 @@ from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
 from orchestrator.progress import Progress
 from orchestrator.resources import Resources
-from orchestrator.run_directory import RunDirectory
+from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
 from rollout_workers.assignments import Assignment, EpisodeReport
@@ -137,7 +137,10 @@ class Controller:
             interrupted = isinstance(error, RunInterrupted)
             cause = cause_of(error)
             logger.exception("the run ended early")
-            await self._finish("interrupted" if interrupted else "failed", cause)
+            try:
+                await self._finish("interrupted" if interrupted else "failed", cause)
+            except RunDirectoryError:  # the first cause counts, which may be the same full disk
+                logger.exception("no summary")
             raise (RunInterrupted if interrupted else RunFailed)(cause) from None
         finally:
             work.cancel()

@@ -161,11 +161,14 @@ def run(config: Config, directory: RunDirectory, start: Start, started_at: float
     Ray prints messages of its own to standard output; they go to ``logs/ray.log``, and the view keeps the terminal.
     """
     run_attempt = directory.start_attempt(" ".join(sys.argv[1:]) or "train", started_at)
-    with (directory.logs / "ray.log").open("a", encoding="utf-8") as ray_log, redirect_stdout(ray_log):
-        with Announcer(view.console).doing("starting Ray"):
-            temporary = start_ray(config)
-        import ray
+    ray_log = (directory.logs / "ray.log").open(
+        "a", encoding="utf-8", buffering=1
+    )  # Ray writes to it until the very end
+    with Announcer(view.console).doing("starting Ray"), redirect_stdout(ray_log):
+        temporary = start_ray(config)
+    import ray
 
+    with redirect_stdout(ray_log):
         try:
             controller, result = _start_controller(config, directory, start, started_at, run_attempt)
             return _follow(controller, result, config.run.view_every_s, view)
