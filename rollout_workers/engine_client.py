@@ -215,9 +215,14 @@ class EngineClient:
         if pending in self._held:
             self._held.remove(pending)
         engine = self._engines.get(pending.engine)
-        if engine is not None:
-            engine.aborts.append(pending.request.request_id)
-            engine.wake.set()
+        if engine is None:
+            return
+        unsent = [request for request in engine.requests if request.request_id != pending.request.request_id]
+        if len(unsent) < len(engine.requests):
+            engine.requests = unsent
+            return
+        engine.aborts.append(pending.request.request_id)
+        engine.wake.set()
 
     async def _send(self, name: str, engine: _Engine) -> None:
         """Submit whatever has gathered, one call at a time."""

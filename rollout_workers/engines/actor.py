@@ -60,13 +60,13 @@ class EngineActor:
     async def submit(self, batch_bytes: bytes) -> None:
         """Take a batch of requests, releases and aborts from one client."""
         batch = decode(batch_bytes, SubmitBatch)
+        for request_id in batch.aborts:
+            self._engine.abort(request_id)
         for session in batch.releases:
             self._engine.release(session)
         for request in batch.requests:
             self._client_of[request.request_id] = batch.client
             self._engine.submit(request)
-        for request_id in batch.aborts:
-            self._engine.abort(request_id)
         self._work.set()
 
     async def collect(self, client: str) -> bytes:
