@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Callable
 
 TICK_S = 1.0
+LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+"""Code below these folders only does what somebody's code asked for."""
 
 
 class LoopWatchdog:
     """Calls ``blocked(seconds, where)`` from a thread of its own, once, when the running loop has stood still for ``limit_s``.
 
-    ``where`` names the innermost lines that the loop's thread is executing.
+    ``where`` names the innermost lines, libraries left out, that the loop's thread is executing.
     """
 
     def __init__(self, limit_s: float, blocked: Callable[[float, str], None]) -> None:
@@ -44,6 +47,6 @@ class LoopWatchdog:
                 return
 
     def _where(self) -> str:
-        frame = sys._current_frames().get(self._thread_id)
-        frames = traceback.extract_stack(frame)[-2:]
-        return "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in reversed(frames))
+        frames = list(reversed(traceback.extract_stack(sys._current_frames().get(self._thread_id))))
+        own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
+        return "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in own[:2])
