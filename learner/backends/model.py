@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,14 @@ def load_model(path: str | Path, device: torch.device, *, gradient_checkpointing
                 f"model.path={path} holds a {config.model_type} model, which is not a causal language model"
             )
         check_attention(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation=RAGGED_ATTENTION, local_files_only=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation=RAGGED_ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        check_complete(path, loading["missing_keys"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
@@ -53,6 +59,16 @@ def load_model(path: str | Path, device: torch.device, *, gradient_checkpointing
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.to(device).train()
+
+
+def check_complete(path: str | Path, missing: Iterable[str]) -> None:
+    """Raises ModelError when weights were left at random because the files do not hold them."""
+    names = sorted(missing)
+    if names:
+        raise ModelError(
+            f"model.path={path}: its weights lack {len(names)} of the tensors that its config.json describes ({names[0]}, "
+            "...): config.json and weights belong to different models"
+        )
 
 
 def check_attention(config: Any) -> None:

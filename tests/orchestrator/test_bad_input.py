@@ -196,3 +196,23 @@ def test_a_run_without_checkpoints(tiny_model: Path, tmp_path: Path) -> None:
     assert "there are none yet" in refused("eval", str(run))
     assert "there are none yet" in refused("eval", str(run), "--step", "3")
     assert "has no checkpoint 'step-000050'; there are none yet" in refused("resume", str(run), "--from", "step-000050")
+
+
+def test_weights_of_another_model_are_refused_by_learner_and_engine(tiny_model: Path, tmp_path: Path) -> None:
+    """transformers alone would leave the weights that it does not find at random."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from learner.backends.model import load_model as load_for_learner
+    from rollout_workers.engines.torch_engine.loader import load_model as load_for_engine
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    weights = load_file(model / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file({**weights, "other.norm.weight": norm}, model / "model.safetensors", metadata={"format": "pt"})
+    expected = r"lack 1 of the tensors .*model\.norm\.weight.* belong to different models"
+    with pytest.raises(ValueError, match=expected):
+        load_for_learner(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=expected):
+        load_for_engine(str(model))

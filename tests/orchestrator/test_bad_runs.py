@@ -23,6 +23,7 @@ SMALL = [
     "tasks.held_out=16",
     "tasks.environment=coin_environment:CoinEnvironment",
 ]
+FAULTY_PARTS = Path(__file__).parent / "faulty_parts.py"
 RAYS_OWN_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 """They end by themselves when they have noticed, a minute or two later, that Ray's daemon is gone."""
 
@@ -55,7 +56,8 @@ def test_a_loop_that_always_raises_ends_the_run_with_the_line_it_raised_at(tiny_
     process = MillraceProcess("train", *settings(tiny_model, run, *more), directory=run)
     assert process.wait(120) == 1
     assert "KeyError: 'the field that is missing'" in last_line(process)
-    assert "faulty_parts.py:15 in raising" in last_line(process)
+    line = next(number for number, text in enumerate(FAULTY_PARTS.read_text().splitlines(), 1) if "KeyError" in text)
+    assert f"faulty_parts.py:{line} in raising" in last_line(process)
     assert summary_of(run)["status"] == "failed"
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from experience.journal import JournalError
+from rollout_workers.step_log import RecordedSteps, StepLog, StepRecord
 
 
 @contextmanager

@@ -59,11 +59,20 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     check_config(config)
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=resolve_dtype(dtype, target), attn_implementation=ATTENTION_NAME
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=resolve_dtype(dtype, target),
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path={path}: cannot be loaded: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model.path={path}: its weights lack {len(missing)} of the tensors that its config.json describes "
+            f"({missing[0]}, ...): config.json and weights belong to different models"
+        )
     return model.to(target).eval(), load_tokenizer(directory)
 
 
