@@ -32,12 +32,14 @@ from experience.wire import decode, encode
 from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
-from orchestrator.failures import FailureMonitor, RestartBudget
+from orchestrator.failures import FailureMonitor
 from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
 from orchestrator.progress import Progress
 from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
+from orchestrator.stall import describe_stall
+from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
 from rollout_workers.assignments import Assignment, EpisodeReport
@@ -46,10 +48,6 @@ logger = logging.getLogger(__name__)
 
 EVENTS_S = 5.0
 """How long one call for queue events stays open."""
-
-
-PROBE_S = 5.0
-"""How long an actor that somebody found stuck has to show that it is not."""
 
 
 class RunFailed(Exception):
@@ -103,17 +101,17 @@ class Controller:
             config.seed,
         )
         self._failures = FailureMonitor()
-        self._blocked = RestartBudget(limit=2, window_s=3600.0)
         self._fleet = Fleet(
             config.weights,
             plan.version,
             self._transfer,
-            FleetEvents(self._expire, self._prepare, self._served, self._committed, self._engine_broken),
+            FleetEvents(self._expire, self._prepare, self._served, self._committed, self._stuck_engine),
         )
         self._workers: dict[str, Any] = {}
         """Workers that take assignments, by name."""
         self._engines: dict[str, Any] = {}
         """Engines that workers may send requests to, by name."""
+        self._stuck = StuckActors(config, self._supervisor, self._workers, self.progress.event, self._fail)
         self._missing: dict[str, list[int]] = {}
         self._evaluations = Evaluations(config, self._run, self._send, self._evaluation_done)
         self._pump_lock = asyncio.Lock()
@@ -311,11 +309,14 @@ class Controller:
         del cause
         name = worker_name(index, attempt)
         self._workers.pop(name, None)
-        self._dispatcher.worker_lost(name)
         self._evaluations.worker_lost(name)
-        self._keep(self._forget_client(name))
+        self._keep(self._stuck.forget_client(name))
         in_flight = decode(await self._one("queue").in_flight.remote(), list[InFlight])
         self._missing.update({group.header.group_id: members_of(group) for group in in_flight})
+        self._dispatcher.worker_lost(name)
+
+    def _stuck_engine(self, name: str, reason: str) -> None:
+        self._stuck.engine_broken(name, reason)
 
     async def _tell_workers(self, method: str, *arguments: Any) -> None:
         """Call every worker; one that has just died is the supervisor's business."""
@@ -325,50 +326,13 @@ class Controller:
             except ray.exceptions.RayError as error:
                 logger.warning("%s did not hear of %s: %s", name, method, first_line(error))
 
-    async def _forget_client(self, name: str) -> None:
-        """Environments and scorings that a dead worker left behind end."""
-        supervisor = self._supervisor
-        for handle in [*supervisor.handles("environment"), *supervisor.handles("reward")]:
-            try:
-                async with asyncio.timeout(self._config.environments.step_timeout_s):
-                    await handle.forget_client.remote(name)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                logger.warning("what %s left behind was not closed: %s", name, first_line(error))
-
     async def actor_stuck(self, worker: str, role: str, index: int, reason: str) -> None:
-        """``worker`` has given up ``role``-``index``. If the actor answers it is given back to that worker; if not, it is
-        ended, and the supervisor replaces it."""
-        actor = self._supervisor.actors.get(f"{role}-{index}")
-        if actor is None or actor.state != "serving":
-            return
-        try:
-            async with asyncio.timeout(PROBE_S):
-                await actor.handle.health.remote()
-        except TimeoutError:
-            self.progress.event(f"{actor.name} is stuck ({reason})")
-            ray.kill(actor.handle)
-            return
-        except ray.exceptions.RayError as error:
-            logger.info("%s is gone already: %s", actor.name, first_line(error))
-            return
-        if worker in self._workers and self._supervisor.actors.get(actor.name) is actor:
-            await getattr(self._workers[worker], f"replace_{role}").remote(index, actor.handle)
+        """``worker`` has given up ``role``-``index``: see `StuckActors.given_up`."""
+        await self._stuck.given_up(worker, role, index, reason)
 
     async def worker_blocked(self, worker: str, cause: str) -> None:
-        """The event loop of ``worker`` stands still: none of its episodes goes on. It is replaced, but not for ever."""
-        if not self._blocked.allow("worker", time.monotonic()):
-            self._fail(cause)
-        for actor in list(self._supervisor.actors.values()):
-            if actor.role.name == "worker" and worker_name(actor.index, actor.attempt) == worker:
-                self.progress.event(cause)
-                ray.kill(actor.handle)
-
-    def _engine_broken(self, name: str, reason: str) -> None:
-        """An engine that does not take weights: end its process; the supervisor replaces it."""
-        for actor in self._supervisor.actors.values():
-            if actor.role.name == "engine" and engine_name(actor.index, actor.attempt) == name:
-                self.progress.event(f"{name} did not take the weights ({reason})")
-                ray.kill(actor.handle)
+        """The event loop of ``worker`` stands still: see `StuckActors.blocked`."""
+        self._stuck.blocked(worker, cause)
 
     # Dispatch
 
@@ -496,25 +460,10 @@ class Controller:
         while True:
             idle = time.monotonic() - self.progress.touched_at
             if idle >= limit:
-                raise RunFailed(await self._describe_stall(idle))
+                raise RunFailed(
+                    await describe_stall(idle, self._config, self.progress, self._dispatcher, self._supervisor)
+                )
             await asyncio.sleep(max(0.05, limit - idle))
-
-    async def _describe_stall(self, idle: float) -> str:
-        silent = self.progress.silent()
-        if silent:
-            return (
-                f"nothing finished for {idle:.0f} s (run.stall_timeout_s={self._config.run.stall_timeout_s:g}), and these "
-                f"actors do not answer: {', '.join(silent)}; see their logs in {self._run.logs}"
-            )
-        async with asyncio.timeout(PROBE_S):
-            stats = await self._one("queue").stats.remote()
-            learner = await self._one("learner").stats.remote()
-        waiting = ", ".join(self._dispatcher.oldest_in_flight(3)) or "no group"
-        return (
-            f"nothing finished for {idle:.0f} s (run.stall_timeout_s={self._config.run.stall_timeout_s:g}): "
-            f"{self._dispatcher.in_flight} groups in flight (oldest: {waiting}), {stats['ready']} ready in the queue, the "
-            f"learner is {learner['phase']}"
-        )
 
 
 def cause_of(error: BaseException) -> str:

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from env_pool.registry import TaskSource, load_environment, load_object
 from orchestrator.announce import Announcer
 from orchestrator.config import Config, ConfigError, secret_values, validate
@@ -40,6 +42,10 @@ MADE = "recipe.done"
 
 REPORT_MARK = "warm-up "
 """What the recipe's progress lines begin with, after the time."""
+
+
+TEMPORARY = "millrace-"
+"""Prefix of a local cluster's temporary directory; the process id of its owner follows."""
 
 
 class LaunchError(Exception):
@@ -127,6 +133,14 @@ def _make_model(recipe: str, directory: Path, seed: int, update: Callable[[str],
     (directory / MADE).touch()
 
 
+def remove_leftovers() -> None:
+    """Delete the temporary directories of runs that were killed before they could."""
+    for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}[0-9]*-*"):
+        owner = int(path.name[len(TEMPORARY) :].partition("-")[0])
+        if not psutil.pid_exists(owner):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def start_ray(config: Config) -> str | None:
     """Start a local cluster or join one. Returns the temporary directory of a local one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -142,7 +156,8 @@ def start_ray(config: Config) -> str | None:
     if cluster.address != "local":
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         return None
-    directory = tempfile.mkdtemp(prefix="millrace-")
+    remove_leftovers()
+    directory = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")
     ray.init(
         address="local",
         num_cpus=cluster.num_cpus or 16,
@@ -288,7 +303,7 @@ def describe(summary: dict[str, Any]) -> str:
         )
     lines.append(
         f"lag: mean {summary['lag_mean']:.2f}, max {summary['lag_max']} (bound {summary['max_lag']}); "
-        f"first token after {summary['startup_s']} s"
+        f"first token after {summary['startup_s']} s; learner idle for lack of dispatch: {summary['learner_starved_s']} s"
     )
     lines.append(f"groups: {json.dumps(summary['ledger'])}")
     lines.append(f"tokens: {json.dumps(summary['tokens'])}")
