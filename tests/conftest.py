@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TERM"] = "xterm-256color"  # what is shown must not depend on the terminal that the tests run in
+for variable in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")

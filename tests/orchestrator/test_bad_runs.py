@@ -32,6 +32,10 @@ def settings(model: Path, run: Path, *more: str) -> list[str]:
     return ["configs/smoke.yaml", f"model.path={model}", f"run.dir={run}", *SMALL, *more]
 
 
+def without_rays_own(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if not any(name in process.name() for name in RAYS_OWN_AGENTS)]
+
+
 def last_line(process: MillraceProcess) -> str:
     return process.output.strip().splitlines()[-1]
 
@@ -157,6 +161,7 @@ def test_ctrl_c_ends_a_run_in_good_order_and_leaves_nothing_behind(
 ) -> None:
     run = tmp_path / "run"
     terminal = TerminalProcess(*settings(tiny_model, run, "run.steps=4000"))
+    started: list[psutil.Process] = []
     try:
         started = terminal.wait_for_step(run, 4)
         os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal does: to the command and all it started
@@ -164,8 +169,8 @@ def test_ctrl_c_ends_a_run_in_good_order_and_leaves_nothing_behind(
             time.sleep(0.2)
             os.killpg(terminal.process.pid, signal.SIGINT)
         status = terminal.process.wait(30)
-        _, alive = psutil.wait_procs(started, 20)
-        assert alive == []
+        _, alive = psutil.wait_procs(started if times == 1 else without_rays_own(started), 20)
+        assert [process.name() for process in alive] == []
         assert terminal.shown.rfind("\x1b[?25h") > terminal.shown.rfind("\x1b[?25l"), "the cursor is hidden still"
         assert "Traceback" not in terminal.shown
         if times == 1:
@@ -177,14 +182,17 @@ def test_ctrl_c_ends_a_run_in_good_order_and_leaves_nothing_behind(
             assert list((run / "checkpoints").glob("step-*"))
     finally:
         terminal.close()
+        for process in psutil.wait_procs(started, 0)[1]:
+            process.kill()
 
 
 def test_kill_9_of_the_command_ends_its_actors(tiny_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     terminal = TerminalProcess(*settings(tiny_model, run, "run.steps=4000"))
+    started: list[psutil.Process] = []
     try:
         started = terminal.wait_for_step(run, 1)
-        own = [process for process in started if not any(name in process.name() for name in RAYS_OWN_AGENTS)]
+        own = without_rays_own(started)
         assert len(own) >= 9  # seven actors and Ray's daemons
         terminal.process.kill()
         _, alive = psutil.wait_procs(own, 30)
