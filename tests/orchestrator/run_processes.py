@@ -67,9 +67,8 @@ class MillraceProcess:
     def kill(self, role: str) -> int:
         """kill -9 the actor of a role; returns its process id."""
         title = f"ray::{ACTORS[role]}"
-        found = [
-            p for p in psutil.Process(self._process.pid).children(recursive=True) if title in " ".join(p.cmdline())
-        ]
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        found = [process for process in children if title in command_line(process)]
         assert found, f"no process of {title}"
         found[0].send_signal(signal.SIGKILL)
         return found[0].pid
@@ -101,6 +100,14 @@ class MillraceProcess:
             assert self.running, f"the run ended before {what}:\n{self.output[-4000:]}"
             assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output[-4000:]}"
             time.sleep(0.05)
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty when the process has just ended."""
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def training_lines(directory: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_processes import PATH, REPOSITORY, MillraceProcess, assert_balanced, summary_of, training_lines
+from run_processes import PATH, REPOSITORY, MillraceProcess, assert_balanced, command_line, summary_of, training_lines
 
 SMALL = [
     "rollout.groups_per_update=4",
@@ -33,7 +33,7 @@ def settings(model: Path, run: Path, *more: str) -> list[str]:
 
 
 def without_rays_own(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if not any(name in process.name() for name in RAYS_OWN_AGENTS)]
+    return [process for process in processes if not any(name in command_line(process) for name in RAYS_OWN_AGENTS)]
 
 
 def last_line(process: MillraceProcess) -> str:
@@ -164,13 +164,14 @@ def test_ctrl_c_ends_a_run_in_good_order_and_leaves_nothing_behind(
     started: list[psutil.Process] = []
     try:
         started = terminal.wait_for_step(run, 4)
+        expected = started if times == 1 else without_rays_own(started)
         os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal does: to the command and all it started
         if times == 2:
             time.sleep(0.2)
             os.killpg(terminal.process.pid, signal.SIGINT)
         status = terminal.process.wait(30)
-        _, alive = psutil.wait_procs(started if times == 1 else without_rays_own(started), 20)
-        assert [process.name() for process in alive] == []
+        _, alive = psutil.wait_procs(expected, 20)
+        assert alive == []
         assert terminal.shown.rfind("\x1b[?25h") > terminal.shown.rfind("\x1b[?25l"), "the cursor is hidden still"
         assert "Traceback" not in terminal.shown
         if times == 1:
@@ -196,7 +197,7 @@ def test_kill_9_of_the_command_ends_its_actors(tiny_model: Path, tmp_path: Path)
         assert len(own) >= 9  # seven actors and Ray's daemons
         terminal.process.kill()
         _, alive = psutil.wait_procs(own, 30)
-        assert [process.name() for process in alive] == []
+        assert alive == []
     finally:
         terminal.close()
         for process in psutil.wait_procs(started, 0)[1]:
