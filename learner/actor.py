@@ -154,7 +154,11 @@ class LearnerActor:
                 group_ids += await self._compute(self._learner.add, encoded)
             self._groups = len(group_ids)
         with _Timer(self, "publishing"):
-            await asyncio.wait_for(self._copied.wait(), settings.weights.timeout_s * 4)
+            limit = settings.weights.timeout_s * 4
+            try:
+                await asyncio.wait_for(self._copied.wait(), limit)
+            except TimeoutError:
+                raise TimeoutError(f"version {version} was not copied for publication within {limit:g} s") from None
         with _Timer(self, "training"):
             metrics: dict[str, float] = await self._compute(self._learner.finish_step)
         metrics["time/step_s"] = time.monotonic() - began_at

@@ -172,6 +172,8 @@ class Controller:
         await learner.run.remote(queue, self._controller, nodes)
         self.progress.phase("evaluating")
         await self._evaluations.finished()
+        await self._committed(self._config.run.steps)
+        await self._evaluations.finished()
 
     async def _start_actors(self) -> None:
         config, supervisor = self._config, self._supervisor

@@ -42,15 +42,17 @@ class Evaluations:
     async def consider(self, version: int, engines: Mapping[str, Any], workers: Mapping[str, Any]) -> str | None:
         """All engines serve ``version`` and nothing newer is on its way: begin an evaluation if one is due.
 
-        Returns why one that was due is left out, if so. The last version is always evaluated.
+        Returns why one that was due is left out, if so. The last version is always evaluated: if another evaluation is
+        running, ask again when it is `finished`. This never waits for it, because an engine may have to join first.
         """
         every, last = self._config.run.eval_every, self._config.run.steps
         due = version in (0, last) or (every > 0 and version % every == 0)
         if not due or self._config.tasks.held_out == 0 or self._run.evaluation_file(version).exists():
             return None
-        if self.running and version != last:
-            return f"evaluation at step {version} left out: the one before is still running"
-        await self._idle.wait()
+        if self.running:
+            return (
+                None if version == last else f"evaluation at step {version} left out: the one before is still running"
+            )
         source = TaskSource.from_config(self._config.tasks, "held_out", self._config.seed)
         tasks = [source.task(index) for index in range(self._config.tasks.held_out)]
         self._idle.clear()
