@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from learner.synthetic_config import SyntheticLearnerConfig
+
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("fsdp",)
+BACKENDS = ("fsdp", "synthetic")
 PLANNED_BACKENDS = ("megatron",)
 OBJECTIVES = ("grpo",)
 CORRECTIONS = ("none", "tis", "decoupled")
@@ -73,11 +75,15 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
+    synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
+    """What ``backend: synthetic`` models."""
 
     def validate(self) -> None:
         """Raises ValueError, naming the key and what would be right."""
         self._validate_choices()
         self._validate_numbers()
+        if self.backend == "synthetic":
+            self.synthetic.validate()
 
     def _validate_choices(self) -> None:
         if self.backend in PLANNED_BACKENDS:

@@ -198,8 +198,36 @@ def _validate_together(config: Config) -> None:
             f"rollout.max_episode_tokens ({config.rollout.max_episode_tokens}) must not exceed engines.max_len "
             f"({config.engines.max_len}): the engine could not hold the episode"
         )
+    if "synthetic" in (config.engines.kind, config.learner.backend):
+        _validate_synthetic(config)
     if config.run.deterministic:
         _validate_deterministic(config)
+
+
+def _validate_synthetic(config: Config) -> None:
+    if config.engines.kind != config.learner.backend:
+        raise ValueError(
+            f"engines.kind={config.engines.kind} and learner.backend={config.learner.backend}: modelled engines make "
+            "tokens without meaning, and a modelled learner changes no weights; set both to synthetic, or neither"
+        )
+    if config.run.deterministic:
+        raise ValueError(
+            "run.deterministic=true: synthetic engines follow the clock; the same seed gives the same episodes, not the "
+            "same run bit for bit; set it to false"
+        )
+    engine, learner = config.engines.synthetic, config.learner.synthetic
+    for name in ("time_scale", "token_scale"):
+        if getattr(engine, name) != getattr(learner, name):
+            raise ValueError(
+                f"engines.synthetic.{name}={getattr(engine, name):g} and learner.synthetic.{name}="
+                f"{getattr(learner, name):g} must be equal: they model one cluster"
+            )
+    together = engine.accelerators * config.engines.replicas
+    if config.mode == "sync" and learner.accelerators != together:
+        raise ValueError(
+            f"mode=sync: the engines' {together} accelerators (engines.replicas x engines.synthetic.accelerators) train in "
+            f"turns, so learner.synthetic.accelerators must be {together} (is {learner.accelerators})"
+        )
 
 
 def _validate_deterministic(config: Config) -> None:

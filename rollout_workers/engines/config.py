@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional  # noqa: UP035  (OmegaConf reads these annotations)
 
+from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
+
 KINDS = ("torch", "vllm", "sglang", "synthetic")
+BUILT = ("torch", "synthetic")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,6 +40,8 @@ class EnginesConfig:
     """On a CPU, replay a trace of the model's forward pass (dense architectures) instead of running its Python."""
     args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
     """Passed through to engines that are servers of their own (vllm, sglang)."""
+    synthetic: SyntheticEngineConfig = field(default_factory=SyntheticEngineConfig)
+    """What ``kind: synthetic`` models."""
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what it may be, if any setting is out of range."""
@@ -44,8 +49,8 @@ class EnginesConfig:
         _one_of("engines.device", self.device, DEVICES)
         _one_of("engines.dtype", self.dtype, DTYPES)
         _one_of("engines.roles", self.roles, ("fixed", "auto"))
-        if self.kind != "torch":
-            raise ValueError(f"engines.kind={self.kind} is not built yet; use engines.kind=torch")
+        if self.kind not in BUILT:
+            raise ValueError(f"engines.kind={self.kind} is not built yet; use one of {', '.join(BUILT)}")
         if self.prefill or self.decode:
             raise ValueError(
                 f"engines.prefill={self.prefill}, engines.decode={self.decode}: the prefill/decode split is not built "
@@ -56,8 +61,22 @@ class EnginesConfig:
         _at_least("engines.max_len", self.max_len, 2)
         if self.threads is not None:
             _at_least("engines.threads", self.threads, 1)
-        if self.kind == "torch" and self.args:
-            raise ValueError(f"engines.args={self.args}: the torch engine takes no further arguments; remove them")
+        if self.args:
+            raise ValueError(
+                f"engines.args={self.args}: the {self.kind} engine takes no further arguments; remove them"
+            )
+        if self.kind == "synthetic":
+            self._validate_synthetic()
+
+    def _validate_synthetic(self) -> None:
+        synthetic = self.synthetic
+        synthetic.validate()
+        if self.max_len * synthetic.token_scale > synthetic.kv_tokens:
+            raise ValueError(
+                f"engines.max_len={self.max_len} carried tokens stand for {self.max_len * synthetic.token_scale:.0f}, more "
+                f"than the KV of an accelerator (engines.synthetic.kv_tokens={synthetic.kv_tokens}): lower engines.max_len "
+                "or give it more"
+            )
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

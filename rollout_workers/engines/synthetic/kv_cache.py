@@ -1,0 +1,79 @@
+"""Whose KV an accelerator holds: reservations of running requests, and idle sessions until their room is needed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+
+class KvCache:
+    """Tokens of KV by session. A running request reserves its whole sequence; idle sessions leave, least recent first.
+
+    >>> kv = KvCache(100)
+    >>> kv.take("a", 30, 20), kv.take("b", 60, 10)
+    (0, None)
+    >>> kv.put_back("a", 50); kv.take("b", 60, 10), kv.evicted_tokens
+    (0, 50)
+    """
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity
+        self._idle: OrderedDict[str, int] = OrderedDict()
+        self._idle_tokens = 0
+        self._reserved: dict[str, int] = {}
+        self._reserved_tokens = 0
+        self._released: set[str] = set()
+        self.evicted_tokens = 0
+        self.evicted_sessions = 0
+
+    @property
+    def used(self) -> int:
+        """Tokens held, running and idle."""
+        return self._reserved_tokens + self._idle_tokens
+
+    @property
+    def sessions(self) -> int:
+        """Sessions with KV here, running and idle."""
+        return len(self._idle) + len(self._reserved)
+
+    def take(self, session: str, prompt: int, output: int) -> int | None:
+        """Reserve room for a request, evicting idle sessions. Returns the prompt tokens cached; None: no room yet.
+
+        A session that runs already gets no second reservation: None until the first has ended.
+        """
+        needed = prompt + output
+        if session in self._reserved or self._reserved_tokens + needed > self.capacity:
+            return None
+        held = self._forget(session)
+        while self.used + needed > self.capacity:
+            oldest = next(iter(self._idle))
+            self.evicted_tokens += self._forget(oldest)
+            self.evicted_sessions += 1
+        self._reserved[session] = needed
+        self._reserved_tokens += needed
+        return min(held, prompt)
+
+    def put_back(self, session: str, tokens: int) -> None:
+        """The session's request has ended: ``tokens`` of KV stay, idle, unless the session was released meanwhile."""
+        self._reserved_tokens -= self._reserved.pop(session)
+        if session in self._released:
+            self._released.remove(session)
+            return
+        self._idle[session] = tokens
+        self._idle_tokens += tokens
+
+    def release(self, session: str) -> None:
+        """The session will not come back."""
+        if session in self._reserved:
+            self._released.add(session)
+        else:
+            self._forget(session)
+
+    def forget_idle(self) -> None:
+        """Idle sessions lose their KV: it belongs to other weights."""
+        self._idle.clear()
+        self._idle_tokens = 0
+
+    def _forget(self, session: str) -> int:
+        tokens = self._idle.pop(session, 0)
+        self._idle_tokens -= tokens
+        return tokens
