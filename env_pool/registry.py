@@ -15,6 +15,7 @@ from experience.records import Task
 BUNDLED = {
     "shop": "env_pool.shop.environment:ShopEnvironment",
     "reasoning_gym": "env_pool.reasoning_gym_env:ReasoningGymEnvironment",
+    "workload": "env_pool.workloads.environment:WorkloadEnvironment",
 }
 
 HELD_OUT_SEED = 0

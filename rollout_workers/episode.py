@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
 
+import msgspec
+
 from env_pool.environment import Observation, StepResult
 from env_pool.errors import SystemFault
 from experience.records import Task
@@ -81,6 +83,7 @@ class EpisodeContext:
     deterministic_environment: bool = False
     """Whether recorded environment calls may be repeated on a fresh instance."""
     pinned_version: int | None = None
+    member: int = 0
     builders: list[TrajectoryBuilder] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
     final_text: str = ""
@@ -137,6 +140,16 @@ class Episode:
     @property
     def config(self) -> RolloutConfig:
         return self._context.config
+
+    @property
+    def member(self) -> int:
+        """Which of the group's episodes this is, from 0."""
+        return self._context.member
+
+    @property
+    def attempt(self) -> int:
+        """How often this episode was started before (after a fault), from 0."""
+        return self._context.attempt
 
     @property
     def turns(self) -> int:
@@ -206,9 +219,12 @@ class Episode:
         return self._accept(chunk)
 
     @asynccontextmanager
-    async def environment(self) -> AsyncIterator[EpisodeEnvironment]:
-        """Lease the task's environment. When the block ends well its `outcome` is kept for the reward branches."""
-        environment = EpisodeEnvironment(self._context, self._builder.trajectory_id)
+    async def environment(self, **payload: Any) -> AsyncIterator[EpisodeEnvironment]:
+        """Lease the task's environment. When the block ends well its `outcome` is kept for the reward branches.
+
+        ``payload`` (plain msgpack types) is added to the task's payload for this environment alone.
+        """
+        environment = EpisodeEnvironment(self._context, self._builder.trajectory_id, payload)
         try:
             yield environment
             await environment.finish()
@@ -343,9 +359,11 @@ class Episode:
 class EpisodeEnvironment:
     """The environment as a loop sees it: `reset`, `step`, `done`. Each call is a durable step."""
 
-    def __init__(self, context: EpisodeContext, trajectory_id: str) -> None:
+    def __init__(self, context: EpisodeContext, trajectory_id: str, payload: dict[str, Any] | None = None) -> None:
         self._context = context
         self._trajectory_id = trajectory_id
+        task = context.task
+        self._task = msgspec.structs.replace(task, payload={**task.payload, **payload}) if payload else task
         self._lease: Lease | None = None
         self._history: list[tuple[str, str | None, bytes]] = []
         """Calls answered from the record, to be done again on a fresh lease when the record ends."""
@@ -408,7 +426,7 @@ class EpisodeEnvironment:
                     f"the worker of episode {self._context.episode_id} died after {len(self._history)} environment calls, "
                     f"and environment {self._context.task.environment!r} is not deterministic: it cannot be replayed"
                 )
-            self._lease = await self._context.environments.lease(self._context.task, self._context.seed)
+            self._lease = await self._context.environments.lease(self._task, self._context.seed)
             for past_method, past_action, past_result in self._history:
                 if await self._invoke(self._lease, past_method, past_action) != past_result:
                     raise EpisodeError(

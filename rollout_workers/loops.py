@@ -7,6 +7,8 @@ import importlib
 import inspect
 from collections.abc import Awaitable, Callable
 
+from env_pool.workloads.environment import script_of
+from env_pool.workloads.scripts import carried_tokens
 from rollout_workers.episode import Episode
 
 RolloutLoop = Callable[..., Awaitable[None]]
@@ -31,7 +33,22 @@ async def tool_agent(episode: Episode, max_turns: int | None = None) -> None:
                 break
 
 
-BUNDLED: dict[str, RolloutLoop] = {"single_turn": single_turn, "tool_agent": tool_agent}
+async def scripted(episode: Episode) -> None:
+    """Play a task of the `workload` environment: as many tokens, tool calls and observations as its script says."""
+    payload = episode.task.payload
+    script = script_of(payload, episode.member)
+    async with episode.environment(member=episode.member, attempt=episode.attempt) as env:
+        for message in (await env.reset()).messages:
+            episode.observe_text(message["content"])
+        for turn in script.turns:
+            action = await episode.generate(max_tokens=carried_tokens(turn.output_tokens, payload["token_scale"]))
+            result = await env.step(action.text)
+            if env.done:
+                break
+            episode.observe_text(result.observation)
+
+
+BUNDLED: dict[str, RolloutLoop] = {"single_turn": single_turn, "tool_agent": tool_agent, "scripted": scripted}
 
 
 def load_loop(name: str) -> RolloutLoop:

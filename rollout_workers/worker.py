@@ -235,6 +235,7 @@ class RolloutWorker:
             record=self._record if assignment.purpose is Purpose.TRAIN else _forget,
             deterministic_environment=load_environment(header.task.environment).deterministic,
             pinned_version=assignment.pinned_version,
+            member=member,
         )
 
     def _record(self, record: StepRecord) -> None:
