@@ -54,3 +54,31 @@ def test_load_counts_what_is_in_flight_and_stays_balanced(steps: list[tuple[int,
             mean = len(running) / engines
             assert router.load(chosen) <= 1.5 * mean + 4 + 1
     assert sum(router.load(name) for name in names) == len(running)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["choose", "finish", "add", "remove"]), st.integers(0, 9)), max_size=300))
+def test_the_choice_is_the_least_loaded_then_least_chosen_then_first(steps: list[tuple[str, int]]) -> None:
+    router = Router(max_imbalance=1.0, slack=0)
+    load: dict[str, int] = {}
+    chosen: dict[str, int] = {}
+    running: list[str] = []
+    for turn, (what, number) in enumerate(steps):
+        name = f"e{number}"
+        if what == "add" and name not in load:
+            load[name], chosen[name] = 0, min(chosen.values(), default=0)
+            router.add(name)
+        elif what == "remove" and name in load:
+            del load[name], chosen[name]
+            router.remove(name)
+            running = [engine for engine in running if engine != name]
+        elif what == "finish" and running:
+            engine = running.pop(number % len(running))
+            load[engine] -= 1
+            router.finished(engine)
+        elif what == "choose" and load:
+            expected = min(load, key=lambda engine: (load[engine], chosen[engine]))
+            assert router.choose(f"s{turn}") == expected
+            load[expected] += 1
+            chosen[expected] += 1
+            running.append(expected)
+        assert {engine: router.load(engine) for engine in router.members} == load
