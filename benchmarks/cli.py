@@ -9,6 +9,7 @@ import click
 BENCHMARKS = {
     "engine": "benchmarks.engine:engine",
     "learn": "benchmarks.learn:learn",
+    "peer": "benchmarks.peer_trl:peer",
 }
 
 
