@@ -16,13 +16,15 @@ the sender). ``offer`` makes another offer of the same version, for engines that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
-from weight_sync.tensors import NamedTensors
+
+if TYPE_CHECKING:
+    from weight_sync.tensors import NamedTensors
 
 OnTensor = Callable[[str, Any], None]
 """Called with a Hugging Face name and a tensor that is valid only during the call: copy it."""

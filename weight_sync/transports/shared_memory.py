@@ -15,7 +15,6 @@ import logging
 import mmap
 import os
 import socket
-import struct
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +33,18 @@ from weight_sync.tensors import (
     with_checksums,
 )
 from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer, encode_offer
+from weight_sync.transports.weight_file import (
+    BEING_WRITTEN,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    PREFIX,
+    WeightFiles,
+    expect,
+)
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "millrace-weights-"
-HEADER_BYTES = 4096
-_HEADER = struct.Struct("<8sqqq")
-_MAGIC = b"MLRCWGT1"
-_BEING_WRITTEN = -1
 SLOTS = 2
 
 
@@ -82,10 +85,10 @@ class _Buffer:
                 "use weights.transport=collective"
             ) from error
         self.flat = torch.frombuffer(self._map, dtype=torch.uint8, offset=HEADER_BYTES) if capacity else torch.empty(0)
-        self.mark(_BEING_WRITTEN, 0, 0)
+        self.mark(BEING_WRITTEN, 0, 0)
 
     def mark(self, publication: int, version: int, total_bytes: int) -> None:
-        _HEADER.pack_into(self._map, 0, _MAGIC, publication, version, total_bytes)
+        HEADER.pack_into(self._map, 0, MAGIC, publication, version, total_bytes)
 
     def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -121,7 +124,7 @@ class SharedMemorySender:
         manifest = plan_tensors(version, tensors, self._bucket_bytes)
         publication = self._publication + 1
         buffer = self._buffer(publication, manifest)
-        buffer.mark(_BEING_WRITTEN, version, manifest.total_bytes)
+        buffer.mark(BEING_WRITTEN, version, manifest.total_bytes)
         pack(buffer.flat, manifest, tensors)
         if self._checksums:
             manifest = with_checksums(manifest, buffer.flat)
@@ -163,15 +166,15 @@ class SharedMemoryReceiver:
     """Maps the sender's files; ``on_tensor`` sees views of them, without a copy of its own."""
 
     def __init__(self) -> None:
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files = WeightFiles()
 
     def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
         decoded = decode_offer(offer)
         if not isinstance(decoded, SharedMemoryOffer):
             raise WeightTransferError("a shared-memory receiver got the offer of another transport")
-        mapped = self._map(decoded)
+        mapped = self._files.map(decoded)
         manifest = decoded.manifest
-        self._expect(mapped, decoded)
+        expect(mapped, decoded)
         if manifest.total_bytes:
             flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=HEADER_BYTES, count=manifest.total_bytes)
             for index, bucket in enumerate(manifest.buckets):
@@ -179,44 +182,8 @@ class SharedMemoryReceiver:
                 verify_bucket(manifest, index, data)
                 for name, tensor in bucket_tensors(manifest, bucket, data):
                     on_tensor(name, tensor)
-        self._expect(mapped, decoded)
+        expect(mapped, decoded)
         return manifest.version
 
-    def _map(self, offer: SharedMemoryOffer) -> mmap.mmap:
-        known = self._maps.get(offer.path)
-        if known is not None:
-            return known
-        if not Path(offer.path).name.startswith(PREFIX):
-            raise WeightTransferError(f"{offer.path} is not a weight file")
-        try:
-            with open(offer.path, "rb") as file:
-                # A private mapping is writable for torch but can never change what the others see.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            where = "" if offer.node == socket.gethostname() else f" (the learner is on node {offer.node})"
-            raise WeightTransferError(
-                f"cannot map the weights of version {offer.manifest.version}: {error}{where}"
-            ) from error
-        if len(mapped) < HEADER_BYTES + offer.manifest.total_bytes:
-            raise WeightTransferError(f"{offer.path} is shorter than version {offer.manifest.version} needs")
-        self._forget_removed()
-        self._maps[offer.path] = mapped
-        return mapped
-
-    def _forget_removed(self) -> None:
-        for path in [p for p in self._maps if not os.path.exists(p)]:
-            del self._maps[path]
-
-    @staticmethod
-    def _expect(mapped: mmap.mmap, offer: SharedMemoryOffer) -> None:
-        magic, publication, version, total = _HEADER.unpack_from(mapped, 0)
-        expected = (_MAGIC, offer.publication, offer.manifest.version, offer.manifest.total_bytes)
-        if (magic, publication, version, total) == expected:
-            return
-        holds = "is being written" if publication == _BEING_WRITTEN else f"holds version {version}"
-        raise WeightTransferError(
-            f"{offer.path} {holds}, not the offered version {offer.manifest.version}: ask for the current one"
-        )
-
     def close(self) -> None:
-        self._maps.clear()
+        self._files.clear()

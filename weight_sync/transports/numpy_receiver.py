@@ -1,0 +1,64 @@
+"""A receiver that hands over numpy arrays, for engines without torch in their process."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from weight_sync.errors import WeightTransferError
+from weight_sync.plan import Bucket, Manifest
+from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer
+from weight_sync.transports.weight_file import HEADER_BYTES, WeightFiles, expect
+
+
+class NumpyReceiver:
+    """Fetches offers of any transport; only those of `collective` load torch. ``member``: this engine's name in them."""
+
+    def __init__(self, member: str) -> None:
+        self._member = member
+        self._files = WeightFiles()
+        self._other: Any = None
+
+    def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
+        """As `WeightReceiver.fetch`; the arrays are views that are valid during the call."""
+        decoded = decode_offer(offer)
+        if not isinstance(decoded, SharedMemoryOffer):
+            return self._fetch_other(offer, on_tensor)
+        mapped = self._files.map(decoded)
+        manifest = decoded.manifest
+        expect(mapped, decoded)
+        for index, bucket in enumerate(manifest.buckets):
+            data = memoryview(mapped)[HEADER_BYTES + bucket.start : HEADER_BYTES + bucket.end]
+            if manifest.checksums and zlib.crc32(data) != manifest.checksums[index]:
+                raise WeightTransferError(
+                    f"version {manifest.version}, bucket {index} of {len(manifest.buckets)}: wrong checksum; the bytes "
+                    "were damaged or overwritten, fetch again"
+                )
+            _hand_over(manifest, bucket, data, on_tensor)
+        expect(mapped, decoded)
+        return manifest.version
+
+    def _fetch_other(self, offer: bytes, on_tensor: OnTensor) -> int:
+        from weight_sync.transports.select import AnyReceiver
+
+        if self._other is None:
+            self._other = AnyReceiver(self._member)
+        version: int = self._other.fetch(offer, lambda name, tensor: on_tensor(name, tensor.numpy()))
+        return version
+
+    def close(self) -> None:
+        self._files.clear()
+        if self._other is not None:
+            self._other.close()
+
+
+def _hand_over(manifest: Manifest, bucket: Bucket, data: memoryview, on_tensor: OnTensor) -> None:
+    for spec in manifest.tensors[bucket.first : bucket.last]:
+        begin = spec.offset - bucket.start
+        try:
+            flat = np.frombuffer(data[begin : begin + spec.nbytes], dtype=np.dtype(spec.dtype))
+        except TypeError:
+            raise WeightTransferError(f"tensor {spec.name} has dtype {spec.dtype}, which numpy does not know") from None
+        on_tensor(spec.name, flat.reshape(spec.shape))
