@@ -26,6 +26,8 @@ from env_pool.errors import EnvironmentFault
 from env_pool.noise import NOISE_TEXT, draw_noise, drop_field
 from env_pool.registry import load_environment
 from env_pool.runner import HungError, Runner, within
+from experience.accounting import Cause
+from experience.books import clock, process_books
 from experience.wire import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,9 @@ class EnvironmentActor:
         self._faults = 0
         self._hung = 0
         self._retiring = False
+        self._account = process_books().account()
+        self._account.switch(Cause.IDLE, clock())
+        self._in_progress = 0
 
     async def call_many(self, payload: bytes) -> bytes:
         """A batch of calls; see :mod:`env_pool.batches`."""
@@ -98,6 +103,8 @@ class EnvironmentActor:
         self._calls += 1
         if call.method not in (Method.RESET, Method.RESTORE) and call.lease not in self._hosted:
             return encode(CallResult(missing=True))
+        self._in_progress += 1
+        self._account.switch(Cause.ENVIRONMENT, clock())
         try:
             return encode(CallResult(value=encode(await self._perform(client, call))))
         except EnvironmentFault as fault:
@@ -109,6 +116,10 @@ class EnvironmentActor:
                     )
                 )
             )
+        finally:
+            self._in_progress -= 1
+            if not self._in_progress:
+                self._account.switch(Cause.IDLE, clock())
 
     async def _perform(self, client: str, call: Call) -> Any:
         if call.method in (Method.RESET, Method.RESTORE):

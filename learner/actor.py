@@ -22,10 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experience.accounting import Cause
+from experience.books import clock, process_books
 from learner.config import LearnerConfig, ModelConfig
 from weight_sync.config import WeightsConfig
 
 logger = logging.getLogger(__name__)
+
+CAUSES = {
+    "waiting": Cause.QUEUE_EMPTY,
+    "training": Cause.TRAIN,
+    "publishing": Cause.WEIGHT_STALL,
+    "saving": Cause.SAVE,
+}
+"""As which cause the seconds of a phase count; those between two phases are spent on calls and count as idle."""
 
 LEASE_S = 5.0
 """How long one lease call stays open; it is renewed until groups come."""
@@ -63,6 +73,7 @@ class LearnerActor:
         self._copied = asyncio.Event()
         self._copied.set()
         self._phase = "starting"
+        self._account = process_books().account()
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
         self._ended = asyncio.Event()
@@ -225,11 +236,14 @@ class _Timer:
         self._phase = phase
 
     def __enter__(self) -> None:
-        self._began_at = time.monotonic()
+        self._began_at = clock()
         self._actor._phase = self._phase
+        self._actor._account.switch(CAUSES[self._phase], self._began_at)
 
     def __exit__(self, *_: object) -> None:
-        self._actor._seconds[self._phase] += time.monotonic() - self._began_at
+        ended_at = clock()
+        self._actor._seconds[self._phase] += ended_at - self._began_at
+        self._actor._account.switch(Cause.IDLE, ended_at)
 
 
 async def _call(reference: Any) -> Any:

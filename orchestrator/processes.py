@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from experience.workload_trace import TraceHeader
 from orchestrator.config import Config
 from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory
@@ -82,6 +83,8 @@ class Processes:
             concurrency=math.ceil(config.rollout.concurrency / config.rollout.workers),
             lock_step=config.run.deterministic,
             seed=config.seed,
+            workload_file=self.run.workload / f"worker-{index}-{self.attempt_base + attempt}.jsonl",
+            workload_header=self._workload_header(),
         )
         return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
 
@@ -106,6 +109,17 @@ class Processes:
         )
         return self._actor(
             LearnerActor, "learner", index, attempt, self.resources.learner_gpus, f"learner-{index}.{attempt}", settings
+        )
+
+    def _workload_header(self) -> TraceHeader:
+        tasks = self.config.tasks
+        modelled = tasks.options if tasks.environment == "workload" else {}
+        return TraceHeader(
+            run=str(self.run.path.name),
+            model=str(self.config.model.path or self.config.model.recipe),
+            environment=tasks.environment,
+            time_scale=float(modelled.get("time_scale", 1.0)),
+            token_scale=float(modelled.get("token_scale", 1.0)),
         )
 
     def step_log_directory(self, index: int, attempt: int) -> Path:

@@ -8,48 +8,21 @@ what follows is the new context. A template that rewrites history fails the epis
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any, Protocol
-
-import msgspec
+from dataclasses import dataclass
+from typing import Any
 
 from env_pool.environment import Observation, StepResult
-from env_pool.errors import SystemFault
 from experience.records import Task
-from experience.wire import decode, encode
-from rollout_workers.chat import ChatTokenizer, Message
+from rollout_workers.chat import Message
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.episode_context import EpisodeContext
+from rollout_workers.episode_environment import EpisodeEnvironment
 from rollout_workers.errors import ContextFull, EngineFault, EpisodeError, HistoryRewritten
-from rollout_workers.step_log import Replay, StepRecord
+from rollout_workers.step_log import StepRecord
 from rollout_workers.trajectory_builder import TrajectoryBuilder
-
-
-class Generator(Protocol):
-    """Whatever turns a request into its tokens; the worker's engine client in a run."""
-
-    async def generate(self, request: GenerateRequest) -> TokenChunk: ...
-
-    def release(self, session_id: str) -> None: ...
-
-
-class Lease(Protocol):
-    """One environment instance on lease from the pool."""
-
-    async def reset(self) -> Observation: ...
-
-    async def step(self, action: str) -> StepResult: ...
-
-    async def outcome(self) -> dict[str, Any]: ...
-
-    async def close(self) -> None: ...
-
-
-class EnvironmentProvider(Protocol):
-    def lease(self, task: Task, seed: int = 0) -> Awaitable[Lease]: ...
 
 
 @dataclass(frozen=True)
@@ -62,52 +35,6 @@ class Generation:
     versions: Sequence[int]
     finish_reason: FinishReason
     stop: str | None = None
-
-
-@dataclass
-class EpisodeContext:
-    """What all trajectories of one episode share: identity, settings and the ports to the outside."""
-
-    task: Task
-    group_id: str
-    episode_id: str
-    attempt: int
-    seed: int
-    config: RolloutConfig
-    chat: ChatTokenizer
-    generator: Generator
-    environments: EnvironmentProvider
-    clock: Callable[[], float]
-    record: Callable[[StepRecord], None]
-    replay: Replay = field(default_factory=Replay)
-    deterministic_environment: bool = False
-    """Whether recorded environment calls may be repeated on a fresh instance."""
-    pinned_version: int | None = None
-    member: int = 0
-    builders: list[TrajectoryBuilder] = field(default_factory=list)
-    outcome: dict[str, Any] = field(default_factory=dict)
-    final_text: str = ""
-    reward_parts: dict[str, float] = field(default_factory=dict)
-    rewrites: int = 0
-    environment_s: float = 0.0
-    generate_s: float = 0.0
-
-    def new_builder(self, parent: TrajectoryBuilder | None = None) -> TrajectoryBuilder:
-        trajectory_id = f"{self.episode_id}/{len(self.builders)}"
-        if parent is None:
-            builder = TrajectoryBuilder(trajectory_id, self.episode_id, self.group_id, self.task.task_id)
-        else:
-            builder = parent.branch(trajectory_id)
-        self.builders.append(builder)
-        return builder
-
-    def session_of(self, builder: TrajectoryBuilder) -> str:
-        return f"{builder.trajectory_id}#{self.attempt}"
-
-    def seed_of(self, builder: TrajectoryBuilder) -> int:
-        """A seed of 63 bits that depends on the group's seed and the place in it, and on nothing else."""
-        text = f"{self.seed}:{builder.trajectory_id}:{self.attempt}".encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 class Episode:
@@ -354,92 +281,3 @@ class Episode:
             finish_reason=chunk.finish_reason or FinishReason.STOP,
             stop=chunk.stop_match,
         )
-
-
-class EpisodeEnvironment:
-    """The environment as a loop sees it: `reset`, `step`, `done`. Each call is a durable step."""
-
-    def __init__(self, context: EpisodeContext, trajectory_id: str, payload: dict[str, Any] | None = None) -> None:
-        self._context = context
-        self._trajectory_id = trajectory_id
-        task = context.task
-        self._task = msgspec.structs.replace(task, payload={**task.payload, **payload}) if payload else task
-        self._lease: Lease | None = None
-        self._history: list[tuple[str, str | None, bytes]] = []
-        """Calls answered from the record, to be done again on a fresh lease when the record ends."""
-        self.done = False
-        self.closed = False
-
-    async def reset(self) -> Observation:
-        """Begin; returns the opening messages and tools."""
-        return decode(await self._call("reset", None), Observation)
-
-    async def step(self, action: str) -> StepResult:
-        """Act. ``done`` turns True when the environment says that it is over."""
-        result = decode(await self._call("step", action), StepResult)
-        self.done = self.done or result.done
-        return result
-
-    async def finish(self) -> None:
-        """Fetch the evidence for the verifier."""
-        self._context.outcome.update(decode(await self._call("outcome", None), dict[str, Any]))
-
-    async def close(self) -> None:
-        if self._lease is not None and not self.closed:
-            self.closed = True
-            await self._lease.close()
-
-    async def _call(self, method: str, action: str | None) -> bytes:
-        context = self._context
-        recorded = context.replay.next_environment_call(self._trajectory_id)
-        if recorded is not None:
-            if (recorded.call, recorded.action) != (method, action):
-                raise EpisodeError(
-                    f"the loop called {method}({action!r}) where {recorded.call}({recorded.action!r}) was recorded: a "
-                    "rollout loop must be a deterministic function of what generate and the environment return"
-                )
-            self._history.append((method, action, recorded.result))
-            context.record(recorded)
-            return recorded.result
-        began_at = context.clock()
-        result = await self._call_live(method, action)
-        ended_at = context.clock()
-        context.environment_s += ended_at - began_at
-        context.record(
-            StepRecord(
-                episode_id=context.episode_id,
-                attempt=context.attempt,
-                trajectory_id=self._trajectory_id,
-                call=method,
-                action=action,
-                result=result,
-                began_at=began_at,
-                ended_at=ended_at,
-            )
-        )
-        return result
-
-    async def _call_live(self, method: str, action: str | None) -> bytes:
-        if self._lease is None:
-            if self._history and not self._context.deterministic_environment:
-                raise SystemFault(
-                    f"the worker of episode {self._context.episode_id} died after {len(self._history)} environment calls, "
-                    f"and environment {self._context.task.environment!r} is not deterministic: it cannot be replayed"
-                )
-            self._lease = await self._context.environments.lease(self._task, self._context.seed)
-            for past_method, past_action, past_result in self._history:
-                if await self._invoke(self._lease, past_method, past_action) != past_result:
-                    raise EpisodeError(
-                        f"environment {self._context.task.environment!r} did not repeat its {past_method}({past_action!r}) "
-                        "when replayed: it must declare deterministic = False or be deterministic"
-                    )
-        return await self._invoke(self._lease, method, action)
-
-    @staticmethod
-    async def _invoke(lease: Lease, method: str, action: str | None) -> bytes:
-        if method == "reset":
-            return encode(await lease.reset())
-        if method == "step":
-            assert action is not None
-            return encode(await lease.step(action))
-        return encode(await lease.outcome())

@@ -33,18 +33,13 @@ class TrajectoryBuilder:
         self.logprobs: list[float] = []
         self.versions: list[int] = []
         self.turns: list[Turn] = []
+        self.sampled = 0
+        """Number of trainable tokens."""
+        self.generations = 0
+        """Turns that were sampled, those shared with the parent included."""
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    @property
-    def sampled(self) -> int:
-        """Number of trainable tokens."""
-        return sum(self.trainable)
-
-    @property
-    def generations(self) -> int:
-        return sum(turn.role == "model" for turn in self.turns)
 
     def prompt(self) -> npt.NDArray[np.int32]:
         """All tokens so far: the context of the next generation."""
@@ -69,6 +64,8 @@ class TrajectoryBuilder:
         self.logprobs.extend(chunk.logprobs.tolist())
         self.versions.extend(chunk.versions.tolist())
         self.turns.append(Turn(start=start, end=len(self.tokens), role="model", began_at=began_at, ended_at=ended_at))
+        self.sampled += len(chunk.tokens)
+        self.generations += 1
 
     def branch(self, trajectory_id: str) -> TrajectoryBuilder:
         """A copy to go on from separately. What is shared stays trainable in the parent only."""
@@ -78,6 +75,7 @@ class TrajectoryBuilder:
         child.logprobs = list(self.logprobs)
         child.versions = list(self.versions)
         child.turns = list(self.turns)
+        child.generations = self.generations
         return child
 
     def build(self, status: Status, domain: str, difficulty: int, temperature: float, attempt: int) -> Trajectory:

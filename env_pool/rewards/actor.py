@@ -14,6 +14,8 @@ from env_pool.config import RewardConfig
 from env_pool.rewards.branches import Branch, BranchFailed, combine, load_branches
 from env_pool.rewards.records import RewardCall, RewardResult, RewardSample
 from env_pool.runner import Runner
+from experience.accounting import Cause
+from experience.books import clock, process_books
 from experience.wire import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class RewardActor:
         self._scored = 0
         self._failed = 0
         self._cancelled = 0
+        self._account = process_books().account()
+        self._account.switch(Cause.IDLE, clock())
 
     async def call_many(self, payload: bytes) -> bytes:
         """A batch of :class:`~env_pool.rewards.records.RewardCall`; see :mod:`env_pool.batches`."""
@@ -78,8 +82,11 @@ class RewardActor:
             return encode(RewardResult(reward=None, error="cancelled"))
         task = asyncio.create_task(self._score(call.sample))
         self._running[call.key] = task
+        self._account.switch(Cause.REWARD, clock())
         await asyncio.wait([task])
         del self._running[call.key]
+        if not self._running:
+            self._account.switch(Cause.IDLE, clock())
         self._retire_if_exhausted()
         if task.cancelled():
             self._cancelled += 1

@@ -16,7 +16,7 @@ from experience.records import Task
 from rollout_workers.chat import ChatTokenizer
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
-from rollout_workers.episode import EpisodeContext, Lease
+from rollout_workers.episode_context import EpisodeContext, Lease
 from rollout_workers.step_log import Replay, StepRecord
 
 

@@ -28,7 +28,8 @@ from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.actor import EngineActor
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import GenerateRequest
-from rollout_workers.worker import RolloutWorker, WorkerPorts
+from rollout_workers.ports import WorkerPorts
+from rollout_workers.worker import RolloutWorker
 
 TURNS = 3
 
