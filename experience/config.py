@@ -36,6 +36,15 @@ class QueueOrder(Enum):
     """The one dispatched first, but none ``window`` or more positions after the oldest not yet delivered."""
 
 
+class QueueTransport(Enum):
+    """How episodes and groups travel to and from the queue's process."""
+
+    socket = "socket"
+    """Over a socket of the queue's own (Unix on its machine, TCP from others); where it is not reached, as Ray calls."""
+    ray = "ray"
+    """As Ray calls."""
+
+
 @dataclass
 class StalenessConfig:
     """Three separate knobs: where the lag settles, how old a trained token may be, and what happens beyond that."""
@@ -71,6 +80,7 @@ class QueueConfig:
     """Width of the window in groups; used by ``order: windowed`` only."""
     budget_mb: float = 1024.0
     """Finished and partly finished groups held in memory, in MiB, before producers have to wait."""
+    transport: QueueTransport = QueueTransport.socket
     journal: bool = True
     """Keep every trajectory on disk, for ``resume`` and ``show``."""
     min_size: int = 2

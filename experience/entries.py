@@ -8,7 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from experience.records import GroupHeader, Status, Trajectory
-from experience.wire import encode_trajectory, pack_group
+from experience.wire import Buffer, encode_trajectory, group_parts, pack_group
 
 
 class EpisodeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +114,15 @@ class LeasedGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     def encode(self) -> bytes:
         """The group as a message for ``wire.decode_group``; no trajectory is decoded on the way."""
-        return pack_group(self.header, [data for entry in self.episodes for data in entry.trajectories])
+        return pack_group(self.header, self._trajectories)
+
+    def encode_parts(self) -> list[Buffer]:
+        """What ``encode`` makes, in pieces that lie one after the other, without a copy."""
+        return group_parts(self.header, self._trajectories)
+
+    @property
+    def _trajectories(self) -> list[bytes]:
+        return [data for entry in self.episodes for data in entry.trajectories]
 
 
 class InFlight(msgspec.Struct, frozen=True, kw_only=True):

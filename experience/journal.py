@@ -15,8 +15,11 @@ import logging
 import mmap
 import os
 import struct
+import threading
 import zlib
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +32,12 @@ _MARKER = b"\xf5\x1eRc"
 _HEAD = struct.Struct("<4sIIB")
 _CHECKED_FROM = 8
 _OFFSET_BITS = 40
+_JOINED_BYTES = 4096
+"""Payloads below this are copied behind their head; larger ones are written from where they are."""
+_BUFFERS_AT_ONCE = 1024
+"""The kernel's limit for one gathering write."""
+_SYNCS_AT_ONCE = 32
+"""Finished segments that may wait for the disk before appending waits too."""
 
 
 class JournalError(RuntimeError):
@@ -43,15 +52,16 @@ class Record(NamedTuple):
     position: int
 
 
-def _pack(kind: str, payload: Buffer) -> bytes:
+def _pack_head(kind: str, payload: bytes) -> bytes:
+    """All of a record that comes before its payload."""
     name = kind.encode()
     if not 0 < len(name) < 256:
         raise ValueError(f"a record kind has 1 to 255 bytes, got {kind!r}")
-    length = memoryview(payload).nbytes
+    length = len(payload)
     if length >= 1 << 32:
         raise ValueError(f"a record payload has less than 4 GiB, got {length} bytes")
     checked = struct.pack("<IB", length, len(name)) + name
-    return b"".join((_MARKER, struct.pack("<I", zlib.crc32(payload, zlib.crc32(checked))), checked, payload))
+    return b"".join((_MARKER, struct.pack("<I", zlib.crc32(payload, zlib.crc32(checked))), checked))
 
 
 def _parse(data: memoryview, offset: int) -> tuple[str, memoryview, int] | None:
@@ -90,6 +100,45 @@ def _segment_number(path: Path) -> int:
         return int(path.stem)
     except ValueError:
         raise JournalError(f"{path} is not a journal segment: its name should be a number") from None
+
+
+def _write_all(descriptor: int, buffers: list[bytes], offset: int) -> int:
+    """Writes all the buffers one after the other from ``offset`` on; returns how many bytes that were."""
+    total = sum(len(data) for data in buffers)
+    done = os.pwritev(descriptor, buffers, offset)
+    if done < total:
+        rest = memoryview(b"".join(buffers))
+        while done < total:
+            done += os.pwrite(descriptor, rest[done:], offset + done)
+    return total
+
+
+class BackgroundSync:
+    """Brings finished segments to the disk on a thread, in order, and closes them: appending does not wait for it."""
+
+    def __init__(self) -> None:
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: deque[Future[None]] = deque()
+
+    def add(self, descriptor: int) -> None:
+        """Sync and close ``descriptor``. Raises the ``OSError`` of an earlier one."""
+        while self._running and (self._running[0].done() or len(self._running) >= _SYNCS_AT_ONCE):
+            self._running.popleft().result()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="journal-sync")
+        self._running.append(self._threads.submit(_sync_and_close, descriptor))
+
+    def wait(self) -> None:
+        """Returns when all are on the disk. Raises the first ``OSError``."""
+        while self._running:
+            self._running.popleft().result()
+
+
+def _sync_and_close(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class JournalReader:
@@ -157,42 +206,54 @@ class JournalReader:
 class Journal(JournalReader):
     """A journal open for append, by one process at a time. Opening it cuts a torn tail.
 
-    ``append`` buffers; ``flush`` hands everything to the operating system, after which it survives the end of this
-    process.
+    One thread appends; ``flush`` may run on another one meanwhile, so that appending goes on while the disk is written.
     """
 
     def __init__(self, directory: Path | str, *, segment_bytes: int = 64 << 20, buffer_bytes: int = 1 << 20) -> None:
         super().__init__(directory)
         self._segment_bytes = segment_bytes
         self._buffer_bytes = buffer_bytes
-        self._buffer = bytearray()
+        self._pending: list[bytes] = []
+        self._writing = threading.Lock()
+        self._written = 0
+        self._end = 0
         self._descriptor = -1
+        self._syncing = BackgroundSync()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._open_last()
         except OSError as error:
             raise self._write_error(error) from error
+        self._end = self._written
 
     @property
     def position(self) -> int:
         """Where the next record goes."""
-        return self._number << _OFFSET_BITS | (self._written + len(self._buffer))
+        return self._number << _OFFSET_BITS | self._end
+
+    @property
+    def pending_bytes(self) -> int:
+        """What the next flush has to write."""
+        return self._end - self._written
 
     def append(self, kind: str, payload: Buffer) -> int:
         """Adds a record and returns its position. Raises ``JournalError`` when the disk is full."""
-        record = _pack(kind, payload)
-        if self._written + len(self._buffer) + len(record) > self._segment_bytes and self.position_in_segment > 0:
+        payload = payload if isinstance(payload, bytes) else bytes(payload)
+        head = _pack_head(kind, payload)
+        size = len(head) + len(payload)
+        if self._end + size > self._segment_bytes and self.position_in_segment > 0:
             self._rotate()
         position = self.position
-        self._buffer += record
-        if len(self._buffer) >= self._buffer_bytes:
+        self._pending += (head + payload,) if len(payload) < _JOINED_BYTES else (head, payload)
+        self._end += size
+        if self.pending_bytes >= self._buffer_bytes:
             self.flush()
         return position
 
     @property
     def position_in_segment(self) -> int:
         """Bytes of records in the present segment, buffered ones included."""
-        return self._written + len(self._buffer) - len(_SEGMENT_HEAD)
+        return self._end - len(_SEGMENT_HEAD)
 
     def flush(self, *, sync: bool = False) -> None:
         """Writes what is buffered; with ``sync`` it also survives the end of the machine.
@@ -201,8 +262,10 @@ class Journal(JournalReader):
         beginning, once there is room. What a failed flush left behind is a torn tail.
         """
         try:
-            self._write_buffer()
+            with self._writing:
+                self._write_pending()
             if sync:
+                self._syncing.wait()
                 os.fsync(self._descriptor)
         except OSError as error:
             raise self._write_error(error) from error
@@ -226,11 +289,15 @@ class Journal(JournalReader):
                 os.close(self._descriptor)
                 self._descriptor = -1
 
-    def _write_buffer(self) -> None:
-        view, done = memoryview(bytes(self._buffer)), 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], self._written + done)
-        self._buffer.clear()
+    def _write_pending(self) -> None:
+        """Writes what was pending at the call; only then is it forgotten."""
+        count = len(self._pending)
+        done = 0
+        for first in range(0, count, _BUFFERS_AT_ONCE):
+            done += _write_all(
+                self._descriptor, self._pending[first : min(first + _BUFFERS_AT_ONCE, count)], self._written + done
+            )
+        del self._pending[:count]
         self._written += done
 
     def _open_last(self) -> None:
@@ -275,13 +342,15 @@ class Journal(JournalReader):
         self._descriptor, self._number, self._written = descriptor, number, written
 
     def _rotate(self) -> None:
-        self.flush(sync=True)
-        previous = self._descriptor
         try:
-            self._create(self._number + 1)
+            with self._writing:
+                self._write_pending()
+                previous = self._descriptor
+                self._create(self._number + 1)
+                self._end = self._written
+            self._syncing.add(previous)
         except OSError as error:
             raise self._write_error(error) from error
-        os.close(previous)
 
     def _write_error(self, error: OSError) -> JournalError:
         return JournalError(

@@ -135,8 +135,11 @@ class ExperienceQueue:
         self._state.open(header, now)
         self._write("open", header)
 
-    def add(self, entry: EpisodeEntry, now: float) -> Added:
-        """An episode finished. One with status ``system_error`` counts as given up, its tokens as wasted."""
+    def add(self, entry: EpisodeEntry, now: float, *, encoded: bytes | None = None) -> Added:
+        """An episode finished. One with status ``system_error`` counts as given up, its tokens as wasted.
+
+        ``encoded`` is the message that ``entry`` was decoded from, where there is one: it goes to the journal as it is.
+        """
         group = self._state.accepts(entry.group_id, entry.episode_id)
         if group is None or entry.status is Status.SYSTEM_ERROR:
             return self._add_unusable(group, entry, now)
@@ -144,7 +147,7 @@ class ExperienceQueue:
             refused = entry.size_bytes if self._refused_bytes is None else self._refused_bytes
             self._refused_bytes = min(refused, entry.size_bytes)
             return Added.FULL
-        self._state.add(group, entry, self._write("add", entry))
+        self._state.add(group, entry, self._write("add", entry, encoded))
         self._settle(group, now)
         return Added.ACCEPTED
 
@@ -266,9 +269,17 @@ class ExperienceQueue:
     # Durability
 
     def flush(self) -> None:
-        """Write what happened so far to the journal. Raises ``JournalError`` when the disk is full."""
+        """Write what happened so far to the journal. Raises ``JournalError`` when the disk is full.
+
+        The one method that may run on another thread, while others are called.
+        """
         if self._journal is not None:
             self._journal.flush()
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """What ``flush`` has to write."""
+        return 0 if self._journal is None else self._journal.pending_bytes
 
     def commit(self, step: int) -> None:
         """A checkpoint holds every step up to ``step``; what is needed to undo those is forgotten."""
@@ -300,8 +311,10 @@ class ExperienceQueue:
         assert self._journal is not None
         return wire.decode(self._journal.read(position).payload, EpisodeEntry)
 
-    def _write(self, kind: str, record: Any) -> int | None:
-        return None if self._journal is None else self._journal.append(kind, wire.encode(record))
+    def _write(self, kind: str, record: Any, encoded: bytes | None = None) -> int | None:
+        if self._journal is None:
+            return None
+        return self._journal.append(kind, wire.encode(record) if encoded is None else encoded)
 
     # Decisions
 

@@ -171,6 +171,15 @@ def pack_group(header: GroupHeader, trajectories: Sequence[Buffer]) -> bytes:
     return _ENVELOPE + _encoder.encode({"header": header, "trajectories": bodies})
 
 
+def group_parts(header: GroupHeader, trajectories: Sequence[Buffer]) -> list[Buffer]:
+    """What ``pack_group`` makes, in pieces that lie one after the other: no trajectory is copied."""
+    count = len(trajectories)
+    array = bytes([0x90 | count]) if count < 16 else struct.pack(">BI", 0xDD, count)
+    names = _encoder.encode("header"), _encoder.encode("trajectories")
+    first = b"".join((_ENVELOPE, b"\x82", names[0], _encoder.encode(header), names[1], array))
+    return [first, *(memoryview(data)[4:] for data in trajectories)]
+
+
 def decode_group(data: Buffer, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Group:
     """The group in a message; its arrays are read-only views of ``data``. Raises ``WireFormatError``."""
     return decode(data, Group, max_bytes=max_bytes)

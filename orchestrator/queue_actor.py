@@ -9,6 +9,10 @@ call         consumes                              produces                 wait
 ``events``   what happened                         one batch for the        an event, or its time-out
                                                    controller
 ===========  ====================================  =======================  =======================================
+
+Episodes and groups (``add``, ``lease``) come over the sockets of `experience.transport` where they can be reached, and as
+Ray calls elsewhere; both end in the same methods. What arrives together is written to the journal together, on a thread
+when it is much, and answered then.
 """
 
 from __future__ import annotations
@@ -16,16 +20,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experience.config import QueueConfig, StalenessConfig
-from experience.entries import Added, EpisodeEntry, EventKind, InFlight, QueueEvent
-from experience.journal import Journal
+from experience.config import QueueConfig, QueueTransport, StalenessConfig
+from experience.entries import Added, EpisodeEntry, EventKind, InFlight, LeasedGroup, QueueEvent
+from experience.journal import Journal, JournalError
 from experience.queue import ExperienceQueue
 from experience.records import GroupHeader
 from experience.staleness import make_policy
+from experience.transport.frames import Endpoint, LeaseRequest
+from experience.transport.server import QueueServer
 from experience.wire import decode, encode
+
+INLINE_BYTES = 128 << 10
+"""What is written without a thread: handing it over would take longer."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +55,17 @@ class QueueActor:
         self._policy = make_policy(staleness, groups_per_update)
         self._journal_directory = journal_directory
         self._queue: ExperienceQueue | None = None
-        self._ready = asyncio.Condition()
-        self._space = asyncio.Condition()
+        self._ready = Bell()
+        self._space = Bell()
         self._happened = asyncio.Event()
         self._outbox: list[QueueEvent] = []
         self._deadline: asyncio.TimerHandle | None = None
+        self._server = QueueServer(self)
+        self._endpoint: Endpoint | None = None
+        self._unanswered: list[Callable[[Exception | None], None]] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._writing: asyncio.Task[None] | None = None
+        self._delivered: dict[str, tuple[int, list[LeasedGroup]]] = {}
         self._ended = asyncio.Event()
 
     @property
@@ -67,8 +84,14 @@ class QueueActor:
         else:
             self._queue = ExperienceQueue.recover(self._config, self._policy, journal, committed_step, time.time())
         await self._changed()
+        if self._config.transport is QueueTransport.socket:
+            self._endpoint = await self._server.start(own_address())
         in_flight: list[InFlight] = self.queue.in_flight()
         return encode(in_flight)
+
+    async def endpoint(self) -> bytes:
+        """Where the queue listens (encoded list of one `Endpoint`, or of none)."""
+        return encode([] if self._endpoint is None else [self._endpoint])
 
     async def in_flight(self) -> bytes:
         """Groups still being generated and their missing episodes (encoded list of `InFlight`)."""
@@ -88,8 +111,7 @@ class QueueActor:
             result = self.queue.add(entry, time.time())
             while result is Added.FULL:
                 await self._changed()
-                async with self._space:
-                    await self._space.wait()
+                await self._space.wait(None)
                 result = self.queue.add(entry, time.time())
             results.append(result)
         await self._changed()
@@ -106,26 +128,49 @@ class QueueActor:
             self.queue.drop(group_id, reason)
         await self._changed()
 
-    async def lease(self, consumer: str, limit: int, version: int, timeout_s: float) -> list[bytes]:
-        """Up to ``limit`` groups for step ``version``, at least one unless ``timeout_s`` passes first."""
-        deadline = time.monotonic() + timeout_s
-        async with self._ready:
-            while True:
-                leased = self.queue.lease(consumer, limit, version, time.time())
-                left = deadline - time.monotonic()
-                if leased or left <= 0:
-                    break
-                # Asking may have dropped groups, and a consumer that lacks groups makes room for refused producers.
-                await self._changed()
-                try:
-                    await asyncio.wait_for(self._ready.wait(), left)
-                except TimeoutError:
-                    break
-        await self._changed()
-        return [group.encode() for group in leased]
+    def add_encoded(self, payload: bytes) -> Added:
+        """Take one encoded `EpisodeEntry` as far as the journal's buffer; `when_durable` tells the rest."""
+        return self.queue.add(decode(payload, EpisodeEntry), time.time(), encoded=payload)
+
+    def when_durable(self, answer: Callable[[Exception | None], None]) -> None:
+        """Call ``answer`` when the journal holds all that was taken so far, or with why it cannot."""
+        self._unanswered.append(answer)
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    async def lease(self, consumer: str, limit: int, version: int, timeout_s: float, number: int = 0) -> list[bytes]:
+        """Up to ``limit`` groups for step ``version``, at least one unless ``timeout_s`` passes first.
+
+        A call with the ``number`` (from 1 on) of the consumer's last one is that call again, after a lost answer.
+        """
+        request = LeaseRequest(consumer=consumer, limit=limit, version=version, timeout_s=timeout_s, number=number)
+        return [group.encode() for group in await self.lease_groups(request)]
+
+    async def lease_groups(self, request: LeaseRequest) -> list[LeasedGroup]:
+        """`lease`, before encoding."""
+        consumer, number = request.consumer, request.number
+        last_number, last_groups = self._delivered.pop(consumer, (0, []))
+        if number and number == last_number:
+            self._delivered[consumer] = (number, last_groups)
+            return last_groups
+        deadline = time.monotonic() + request.timeout_s
+        while True:
+            leased = self.queue.lease(consumer, request.limit, request.version, time.time())
+            if leased and number:
+                self._delivered[consumer] = (number, leased)
+            left = deadline - time.monotonic()
+            if leased or left <= 0:
+                break
+            # Asking may have dropped groups, and a consumer that lacks groups makes room for refused producers.
+            self._tell()
+            if not await self._ready.wait(left):
+                break
+        self._tell()
+        return leased
 
     async def release(self, consumer: str) -> None:
         """A consumer is lost; its groups are delivered again."""
+        self._delivered.pop(consumer, None)
         self.queue.release(consumer)
         await self._changed()
 
@@ -182,6 +227,7 @@ class QueueActor:
         await self._ended.wait()
 
     async def stop(self) -> None:
+        self._server.close()
         if self._queue is not None:
             self._queue.flush()
         self._ended.set()
@@ -189,21 +235,40 @@ class QueueActor:
     async def _changed(self) -> None:
         """After every transition: journal, events, waiting callers, the next deadline."""
         self.queue.flush()
+        self._tell()
+
+    async def _write(self) -> None:
+        """Write the journal and answer producers, until there is nothing more to answer."""
+        loop = asyncio.get_running_loop()
+        while self._unanswered:
+            self._tell()
+            answers, self._unanswered = self._unanswered, []
+            error: Exception | None = None
+            try:
+                if self.queue.unwritten_bytes > INLINE_BYTES:
+                    await loop.run_in_executor(self._writer, self.queue.flush)
+                else:
+                    self.queue.flush()
+            except JournalError as failure:
+                logger.error("%s", failure)
+                error = failure
+            for answer in answers:
+                answer(error)
+        self._writing = None
+
+    def _tell(self) -> None:
+        """Hand out the events of what happened."""
         events = self.queue.events()
         if events:
             self._outbox.extend(event for event in events if event.kind is not EventKind.SPACE)
             self._happened.set()
             kinds = {event.kind for event in events}
             if EventKind.SPACE in kinds:
-                async with self._space:
-                    self._space.notify_all()
+                self._space.ring()
+                asyncio.get_running_loop().call_soon(self._server.space)
             if kinds - {EventKind.SPACE}:
-                asyncio.get_running_loop().create_task(self._wake_consumers())
+                self._ready.ring()
         self._arm_deadline()
-
-    async def _wake_consumers(self) -> None:
-        async with self._ready:
-            self._ready.notify_all()
 
     def _arm_deadline(self) -> None:
         if self._deadline is not None:
@@ -219,3 +284,34 @@ class QueueActor:
     async def _close_due(self) -> None:
         self.queue.close_due(time.time())
         await self._changed()
+
+
+class Bell:
+    """Wakes everybody who waits; remembers nothing."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def wait(self, timeout_s: float | None) -> bool:
+        """Whether it rang within ``timeout_s`` (None: for as long as it takes)."""
+        rang: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(rang)
+        try:
+            await asyncio.wait_for(rang, timeout_s)
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.discard(rang)
+        return True
+
+    def ring(self) -> None:
+        for rang in self._waiting:
+            if not rang.done():
+                rang.set_result(None)
+
+
+def own_address() -> str:
+    """The address under which this machine is known in the Ray cluster; empty outside of one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else ""
