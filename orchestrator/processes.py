@@ -1,4 +1,4 @@
-"""The Ray actors of a run: which class runs in each, with which logging and resources.
+"""The Ray actors of a run: which class runs in each, with which resources.
 
 The classes live beside what they carry (`rollout_workers.actor`, `learner.actor`, ...) and are plain; here they become
 actors. A subclass made inside the actor's own process adds logging, so that no process imports another one's libraries.
@@ -6,7 +6,6 @@ actors. A subclass made inside the actor's own process adds logging, so that no 
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import ray
 
 from experience.workload_trace import TraceHeader
+from orchestrator.actor_shell import Identity, logged
 from orchestrator.config import Config
 from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory
@@ -106,6 +106,7 @@ class Processes:
             keep_checkpoints=config.run.keep_checkpoints,
             deterministic=config.run.deterministic,
             seed=config.seed,
+            time_shared=config.mode == "sync",
         )
         return self._actor(
             LearnerActor, "learner", index, attempt, self.resources.learner_gpus, f"learner-{index}.{attempt}", settings
@@ -133,34 +134,10 @@ class Processes:
     def _actor(self, kind: type, role: str, index: int, attempt: int, gpus: float, *arguments: Any) -> Any:
         remote = ray.remote(logged(kind))
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}
-        logging_arguments = (str(self.run.path), f"{role}-{index}", self.attempt_base + attempt, self.secrets)
-        return remote.options(**options).remote(logging_arguments, *arguments)
-
-
-class Lifecycle:
-    """What the supervisor asks of every actor, for classes that need nothing special."""
-
-    async def alive(self) -> None:
-        """Ends with the process only."""
-        await asyncio.Event().wait()
-
-    async def stop(self) -> None:
-        """Nothing to let go of."""
-
-
-def logged(kind: type) -> type:
-    """The class with logging set up before its constructor runs, and with a `Lifecycle`."""
-
-    class Logged(kind, Lifecycle):  # type: ignore[misc]
-        def __init__(self, logging_arguments: tuple[str, str, int, list[str]], *arguments: Any) -> None:
-            from orchestrator.telemetry import setup_actor_logging
-
-            directory, name, attempt, secrets = logging_arguments
-            setup_actor_logging(directory, name, attempt, secrets=secrets)
-            super().__init__(*arguments)
-
-    Logged.__name__ = Logged.__qualname__ = kind.__name__
-    return Logged
+        identity = Identity(
+            str(self.run.path), f"{role}-{index}", self.attempt_base + attempt, attempt > 0, self.secrets
+        )
+        return remote.options(**options).remote(identity, *arguments)
 
 
 def engine_name(index: int, attempt: int) -> str:

@@ -11,6 +11,8 @@
     checkpoints/         step-000050/, ...
     model/               the model a recipe made (absent when model.path is set)
     logs/                ACTOR-ATTEMPT.log
+    workload/            WORKER.jsonl: what each delivered episode did, to be replayed (see env_pool.workloads)
+    timeline/            ACTOR.jsonl: where each actor's seconds went
     summary.json         written at the end, and at every evaluation
     attempts.jsonl       one line for each start: train, resume, ...
 """
@@ -124,6 +126,16 @@ class RunDirectory:
     @property
     def attempts(self) -> Path:
         return self.path / "attempts.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        """Spans of every actor, see `experience.accounting.read_timeline`."""
+        return self.path / "timeline"
+
+    @property
+    def workload(self) -> Path:
+        """The workload trace, see `experience.workload_trace`."""
+        return self.path / "workload"
 
     def log_file(self, actor: str, attempt: int) -> Path:
         """The log of one life of one actor."""

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from env_pool.config import EnvironmentsConfig, RewardConfig
 from env_pool.fleet import OnLost
+from experience.books import clock
 from experience.entries import Added, EpisodeEntry
+from experience.slots import Wait
+from experience.transport.client import QueueProducer, producer_for
 from experience.wire import decode, encode
+from experience.workload_trace import TraceHeader, WorkloadTraceWriter
 from rollout_workers.assignments import Assignment, EpisodeReport
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import RayEngineHandle
+from rollout_workers.ports import LoopRewards, WorkerPorts
 from rollout_workers.watchdog import LoopWatchdog
-from rollout_workers.worker import LoopRewards, RolloutWorker, WorkerPorts
+from rollout_workers.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from env_pool.rewards.client import RewardClient
@@ -41,18 +46,22 @@ class WorkerSettings:
     concurrency: int
     lock_step: bool
     seed: int
+    workload_file: Path
+    """Where the workload trace of this worker goes."""
+    workload_header: TraceHeader
 
 
 class QueueDeliverer:
-    """Sends finished episodes to the queue actor and reports to the controller actor."""
+    """Sends finished episodes to the queue and reports to the controller actor."""
 
-    def __init__(self, queue: Any, controller: Any) -> None:
+    def __init__(self, queue: Any, controller: Any, producer: QueueProducer) -> None:
         self._queue = queue
         self._controller = controller
+        self._producer = producer
 
     async def add(self, entries: list[EpisodeEntry]) -> None:
         """Returns when the queue has taken all of them; it answers late while its byte budget is spent."""
-        results = decode(await self._queue.add.remote(encode(entries)), list[Added])
+        results = await self._producer.add(entries)
         for entry, result in zip(entries, results, strict=True):
             if result is not Added.ACCEPTED:
                 logger.info("episode %s was not added: %s", entry.episode_id, result.value)
@@ -81,6 +90,7 @@ class RolloutWorkerActor:
         from env_pool.rewards.client import RewardClient
 
         settings = self._settings
+        deliverer = QueueDeliverer(queue, controller, await producer_for(queue))
         self._pool = EnvironmentPool(
             environments, settings.environments, self.name, self._tells(controller, "environment")
         )
@@ -93,9 +103,10 @@ class RolloutWorkerActor:
             settings.model_path,
             settings.step_log_directory,
             settings.evaluation_directory,
-            WorkerPorts(self._pool, self._rewards or LoopRewards(), QueueDeliverer(queue, controller)),
+            WorkerPorts(self._pool, self._rewards or LoopRewards(), deliverer),
             settings.concurrency,
             settings.lock_step,
+            WorkloadTraceWriter(settings.workload_file, settings.workload_header),
         )
 
     def _tells(self, controller: Any, role: str) -> OnLost:
@@ -145,6 +156,17 @@ class RolloutWorkerActor:
     async def stats(self) -> bytes:
         """An encoded `WorkerStats`."""
         return encode(self.worker.stats())
+
+    def slot_seconds(self) -> dict[str, float]:
+        """Slot-seconds by what the episodes do (see `experience.slots`), and ``capacity``."""
+        if self._worker is None:
+            return {}
+        slots = self._worker.slots
+        return {**slots.slot_seconds(clock()), "capacity": slots.capacity}
+
+    async def waits(self, groups: list[str], limit: int) -> list[Wait]:
+        """The episodes that have been in one state for longest, those of ``groups`` first."""
+        return self.worker.waits(set(groups), limit)
 
     async def alive(self) -> None:
         """Ends with the process only."""

@@ -62,7 +62,7 @@ class _Engine:
 
 
 class EngineClient:
-    """Implements `rollout_workers.episode.Generator` over any number of engine actors.
+    """Implements `rollout_workers.episode_context.Generator` over any number of engine actors.
 
     With ``barrier`` (lock-step, deterministic runs) a submission waits until ``barrier()`` says that every live episode
     is waiting for a generation, and is sorted by session: the batches that the engine sees do not depend on timing.
@@ -91,6 +91,13 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         return len(self._pending)
+
+    def engine_of(self, episode_id: str) -> str:
+        """The engine that a request of this episode waits for; empty when there is none."""
+        for pending in self._pending.values():
+            if pending.request.session_id.startswith(f"{episode_id}/"):
+                return pending.engine
+        return ""
 
     def add_engine(self, name: str, handle: EngineHandle) -> None:
         """An engine that serves the current weights joins."""

@@ -20,54 +20,36 @@ import logging
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from env_pool.coalesce import Coalescer
 from env_pool.errors import Fault
 from env_pool.registry import load_environment
 from env_pool.rewards.records import RewardResult, RewardSample
+from experience.books import clock, process_books
 from experience.entries import EpisodeEntry, make_entry
 from experience.journal import Journal, JournalError
 from experience.records import Status
+from experience.slots import Doing, Slots, Wait
+from experience.workload_trace import WorkloadTraceWriter
 from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats
 from rollout_workers.chat import ChatTokenizer
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import EngineClient, EngineHandle
-from rollout_workers.episode import EnvironmentProvider, Episode, EpisodeContext
+from rollout_workers.episode import Episode
+from rollout_workers.episode_context import EpisodeContext
 from rollout_workers.errors import ContextFull, EpisodeError, LoopFault, LoopTimeout
 from rollout_workers.loops import RolloutLoop, load_loop
+from rollout_workers.ports import WorkerPorts, with_loop_parts
+from rollout_workers.slot_generator import SlotGenerator
 from rollout_workers.step_log import RecordedSteps, StepLog, StepRecord
+from rollout_workers.workload_writer import trace_episode
 
 logger = logging.getLogger(__name__)
 
 TRAJECTORY_KIND = "trajectory"
 """Kind of a record in an evaluation's journal: one encoded trajectory."""
-
-
-class RewardScorer(Protocol):
-    async def score(self, sample: RewardSample) -> RewardResult: ...
-
-
-class Deliverer(Protocol):
-    """Where finished and failed episodes go; every call carries a batch."""
-
-    async def add(self, entries: list[EpisodeEntry]) -> None: ...
-
-    async def fail(self, failures: list[tuple[str, str, str]]) -> None: ...
-
-    async def report(self, reports: list[EpisodeReport]) -> None: ...
-
-
-@dataclass(frozen=True)
-class WorkerPorts:
-    """The outside of a worker."""
-
-    environments: EnvironmentProvider
-    rewards: RewardScorer
-    deliverer: Deliverer
 
 
 class EpisodeFailed(Exception):
@@ -92,6 +74,7 @@ class RolloutWorker:
         ports: WorkerPorts,
         concurrency: int,
         lock_step: bool = False,
+        workload: WorkloadTraceWriter | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -101,12 +84,16 @@ class RolloutWorker:
         self._step_log = StepLog(step_log_directory)
         self._evaluation_directory = evaluation_directory
         self._evaluation: Journal | None = None
+        self._workload = workload
         self._recorded = RecordedSteps()
         self._slots = {purpose: asyncio.Semaphore(concurrency) for purpose in Purpose}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group_of: dict[str, str] = {}
         self._live = 0
         self._counts: Counter[str] = Counter()
+        books, now = process_books(), clock()
+        self.slots = Slots(books.actor, concurrency, now)
+        books.adopt(self.slots, now)
         self.engines = EngineClient(name, barrier=(lambda held: held >= self._live) if lock_step else None)
         self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
         self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
@@ -155,6 +142,11 @@ class RolloutWorker:
             rewrites=counts["rewrites"],
         )
 
+    def waits(self, groups: set[str], limit: int) -> list[Wait]:
+        """What has lasted longest (`Slots.waits`), with the engine that it waits for."""
+        found = self.slots.waits(groups, limit)
+        return [wait._replace(actor=self.engines.engine_of(wait.episode_id)) for wait in found]
+
     async def close(self) -> None:
         """Stop everything that is running."""
         tasks = list(self._tasks.values())
@@ -165,6 +157,8 @@ class RolloutWorker:
         self._step_log.close()
         if self._evaluation is not None:
             self._evaluation.close()
+        if self._workload is not None:
+            self._workload.close()
 
     def _forget_task(self, episode_id: str, task: asyncio.Task[None]) -> None:
         del task
@@ -174,6 +168,8 @@ class RolloutWorker:
     async def _run_episode(self, assignment: Assignment, member: int, episode_id: str) -> None:
         async with self._slots[assignment.purpose]:
             self._live += 1
+            evaluation = assignment.purpose is Purpose.EVALUATE
+            self.slots.begin(episode_id, assignment.header.group_id, clock(), evaluation)
             try:
                 await self._attempts(assignment, member, episode_id)
             except asyncio.CancelledError:
@@ -183,6 +179,7 @@ class RolloutWorker:
                 await self._undelivered(assignment, episode_id, error)
             finally:
                 self._live -= 1
+                self.slots.end(episode_id, clock())
                 self.engines.check_barrier()
 
     async def _undelivered(self, assignment: Assignment, episode_id: str, error: Exception) -> None:
@@ -216,7 +213,7 @@ class RolloutWorker:
             finally:
                 for builder in context.builders:
                     self.engines.release(context.session_of(builder))
-            await self._deliver(assignment, context, status, reward, time.time() - began_at)
+            await self._deliver(assignment, context, status, reward, began_at)
             return
 
     def _context(self, assignment: Assignment, member: int, episode_id: str, attempt: int) -> EpisodeContext:
@@ -229,7 +226,7 @@ class RolloutWorker:
             seed=header.seed,
             config=self._config,
             chat=self._chat,
-            generator=self.engines,
+            generator=SlotGenerator(self.engines, self.slots, episode_id),
             environments=self._ports.environments,
             clock=time.time,
             record=self._record if assignment.purpose is Purpose.TRAIN else _forget,
@@ -285,21 +282,23 @@ class RolloutWorker:
             sampled_tokens=sum(builder.sampled for builder in context.builders),
         )
         self._counts["in_reward"] += 1
+        self.slots.move(context.episode_id, Doing.REWARD, clock())
         try:
             result = await self._ports.rewards.score(sample)
         except Fault as fault:
             raise EpisodeFailed("reward_fault", str(fault)) from fault
         finally:
             self._counts["in_reward"] -= 1
+            self.slots.move(context.episode_id, Doing.ENVIRONMENT, clock())
         total = with_loop_parts(result, context.reward_parts)
         if total.reward is None:
             raise EpisodeFailed("reward_fault", total.error or "no reason was given")
         return total
 
     async def _deliver(
-        self, assignment: Assignment, context: EpisodeContext, status: Status, reward: RewardResult, seconds: float
+        self, assignment: Assignment, context: EpisodeContext, status: Status, reward: RewardResult, began_at: float
     ) -> None:
-        task = context.task
+        task, seconds = context.task, time.time() - began_at
         trajectories = [
             builder.build(status, task.domain, task.difficulty, self._config.temperature, context.attempt)
             for builder in context.builders
@@ -312,10 +311,13 @@ class RolloutWorker:
             trajectory.timings = timings
         entry = make_entry(trajectories)
         self._counts["delivering"] += 1
+        self.slots.move(context.episode_id, Doing.DELIVERING, clock())
         try:
             if assignment.purpose is Purpose.TRAIN:
                 await self._adder.call(entry)
                 self._step_log.ended(context.episode_id)
+                if self._workload is not None:
+                    self._workload.write(trace_episode(context, assignment.header.index, entry, began_at))
             else:
                 self._keep_evaluation(assignment, entry)
         finally:
@@ -377,25 +379,6 @@ class RolloutWorker:
     async def _report(self, reports: list[EpisodeReport]) -> list[None]:
         await self._ports.deliverer.report(reports)
         return [None] * len(reports)
-
-
-class LoopRewards:
-    """The scorer of a run without reward branches: the loops give the rewards themselves."""
-
-    async def score(self, sample: RewardSample) -> RewardResult:
-        return RewardResult(reward=0.0, parts={})
-
-
-def with_loop_parts(result: RewardResult, parts: dict[str, float]) -> RewardResult:
-    """The branches' reward plus what the loop gave; no reward when neither gave anything."""
-    if result.reward is None:
-        return result
-    if not result.parts and not parts:
-        return RewardResult(
-            reward=None,
-            error="there are no reward branches (rewards: []) and the rollout loop did not call episode.reward(...)",
-        )
-    return RewardResult(reward=result.reward + sum(parts.values()), parts={**result.parts, **parts})
 
 
 def _forget(record: StepRecord) -> None:
