@@ -18,6 +18,7 @@ from orchestrator.composition import packaged_names
 from orchestrator.config import Config, ConfigError, load, to_yaml
 from orchestrator.model_files import check_model
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
+from orchestrator.report.command import report_command
 from orchestrator.show import show_command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,6 +188,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
 
 
 main.add_command(show_command)
+main.add_command(report_command)
 
 
 if __name__ == "__main__":

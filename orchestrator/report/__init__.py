@@ -1,0 +1,1 @@
+"""``millrace report RUN``: a run as one self-contained HTML page."""

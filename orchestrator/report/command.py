@@ -1,0 +1,72 @@
+"""``millrace report RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from experience.accounting import read_timeline
+from orchestrator.report.embedded import embed
+from orchestrator.report.facts import Facts, gather
+from orchestrator.report.journals import survey
+from orchestrator.report.page import Content, render
+from orchestrator.report.timeline import make_timeline
+from orchestrator.report.words import percent
+from orchestrator.run_directory import RunDirectory, RunDirectoryError
+
+REPORT = "report.html"
+
+
+def make_report(run: RunDirectory, *, seed: int = 0) -> str:
+    """The report on ``run`` as an HTML page; the run may still be going on, or have been killed.
+
+    ``seed`` decides which episodes are drawn at random for the trajectory browser.
+    """
+    facts = gather(run)
+    found = survey(run, seed=seed)
+    content = Content(
+        facts=facts,
+        survey=found,
+        timeline=make_timeline(read_timeline(run.path / "timeline")),
+        embedded=embed(run, found.picked, facts.max_lag),
+        idle_words=idle_words(facts),
+    )
+    return render(content)
+
+
+def idle_words(facts: Facts) -> list[str]:
+    """Where the idle time of engines and learner went; nothing when the run kept no accounts."""
+    shares: Any = (facts.summary or {}).get("idle")
+    if not isinstance(shares, dict) or not shares:
+        return []
+    largest = sorted(((float(share), str(cause)) for cause, share in shares.items()), reverse=True)
+    parts = [f"{cause.replace('_', ' ')} {percent(share)}" for share, cause in largest if share >= 0.001]
+    if not parts:
+        return ["Engines and learner had work all the time."]
+    return [f"Share of the time of engines and learner that was idle, by what they waited for: {', '.join(parts)}."]
+
+
+@click.command("report")
+@click.argument("run", type=click.Path())
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help=f"Where to write it (default: RUN/{REPORT})."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which episodes are drawn at random.")
+def report_command(run: str, out: Path | None, seed: int) -> None:
+    """Write what happened in RUN as one HTML page that needs no network."""
+    try:
+        directory = RunDirectory.open(run)
+    except RunDirectoryError as error:
+        raise click.ClickException(str(error)) from error
+    page = make_report(directory, seed=seed)
+    path = out if out is not None else directory.path / REPORT
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(
+            f"{path} cannot be written: {error.strerror or error}; choose another --out"
+        ) from error
+    click.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
