@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.machine import describe_machine
+
 CONFIG = "config.yaml"
 FOLDERS = ("tensorboard", "journal", "episodes", "eval", "checkpoints", "logs")
 
@@ -188,6 +190,7 @@ class RunDirectory:
             number = len(self.attempts.read_text(encoding="utf-8").splitlines()) if self.attempts.exists() else 0
             with self.attempts.open("a", encoding="utf-8") as file:
                 line = {"attempt": number, "command": command, "pid": os.getpid(), "started_at": started_at}
+                line["machine"] = describe_machine()
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise _unwritable(self.attempts, error) from error

@@ -65,6 +65,7 @@ def embed(run: RunDirectory, picked: Iterable[Picked], max_lag: int | None) -> E
             room -= cost
             embedded.shortened += len(trajectory) > MAX_TOKENS_EACH
             embedded.items.append(_item(choice, trajectory, tokenizer, max_lag))
+    embedded.items.sort(key=lambda item: str(item["source"]) != "train")
     return embedded
 
 

@@ -58,12 +58,14 @@ def lag_histogram(survey: Survey, max_lag: int | None) -> Figure | None:
     largest = max(max(survey.lags), 0 if max_lag is None else max_lag)
     lags = list(range(min(0, *survey.lags), largest + 1))
     shares = [100 * survey.lags[lag] / total for lag in lags]
-    data = [
-        _bar("trained", lags, [share if lag <= bound else 0 for lag, share in zip(lags, shares, strict=True)], GREEN),
-        _bar("masked", lags, [share if lag > bound else 0 for lag, share in zip(lags, shares, strict=True)], GREY),
-    ]
+    young, old = [], []
+    for lag, share in zip(lags, shares, strict=True):
+        young.append(share if lag <= bound else 0.0)
+        old.append(share if lag > bound else 0.0)
+    data = [_bar("trained", lags, young, GREEN), *([_bar("masked", lags, old, GREY)] if any(old) else [])]
     layout: dict[str, Any] = {
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "xaxis": {"title": {"text": "lag: versions between sampling and training"}, "dtick": max(1, len(lags) // 12)},
         "yaxis": {"title": {"text": "% of sampled tokens"}, "rangemode": "tozero"},
     }
@@ -166,8 +168,8 @@ def _median(histogram: Counter[int]) -> float | None:
 
 
 def curves(facts: Facts) -> list[Figure]:
-    """Numbers of each step: reward and success, entropy, importance weights, lag, throughput."""
-    found = [_reward(facts), _entropy(facts), _off_policy(facts), _lag_by_step(facts), _throughput(facts)]
+    """Numbers of each step: reward and success, entropy, importance weights, throughput."""
+    found = [_reward(facts), _entropy(facts), _off_policy(facts), _throughput(facts)]
     return [figure for figure in found if figure is not None]
 
 
@@ -253,7 +255,8 @@ def _off_policy(facts: Facts) -> Figure | None:
     return _curve("weights", "Importance weights", data, "share of tokens", rangemode="tozero")
 
 
-def _lag_by_step(facts: Facts) -> Figure | None:
+def lag_by_step(facts: Facts) -> Figure | None:
+    """Mean and largest lag of each step's trained tokens, and the bound."""
     data = _line(facts, "lag/mean", "mean lag", BLUE) + _line(facts, "lag/max", "largest lag trained", GREY)
     figure = _curve("lag-by-step", "Lag", data, "versions", rangemode="tozero")
     if figure is not None and facts.max_lag is not None:
@@ -276,7 +279,13 @@ def _throughput(facts: Facts) -> Figure | None:
     seconds = _line(facts, "time/step_s", "seconds a step", ORANGE, yaxis="y2", line={"width": 1.5})
     figure = _curve("throughput", "Throughput", data + seconds, "tokens/s", rangemode="tozero")
     if figure is not None and seconds:
-        second = {"title": {"text": "seconds a step"}, "overlaying": "y", "side": "right", "rangemode": "tozero"}
+        second = {
+            "title": {"text": "seconds a step"},
+            "overlaying": "y",
+            "side": "right",
+            "rangemode": "tozero",
+            "tickmode": "auto",
+        }
         figure.layout["yaxis2"] = {**second, "showgrid": False}
     return figure
 

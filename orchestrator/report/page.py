@@ -56,11 +56,13 @@ def render(content: Content) -> str:
     facts, survey = content.facts, content.survey
     picture = None if content.timeline is None else utilisation(content.timeline)
     curves = figures.curves(facts)
-    data_figures = [
-        figure
-        for figure in (figures.lag_histogram(survey, facts.max_lag), figures.lengths(survey), figures.ledger(survey))
-        if figure is not None
-    ]
+    candidates = (
+        figures.lag_histogram(survey, facts.max_lag),
+        figures.lag_by_step(facts),
+        figures.lengths(survey),
+        figures.ledger(survey),
+    )
+    data_figures = [figure for figure in candidates if figure is not None]
     shown = [figure for figure in (picture, *curves, *data_figures) if figure is not None]
     plotly, script = _plotly(), _asset("report.js")
     data = {

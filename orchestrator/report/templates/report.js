@@ -31,7 +31,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
       margin: { l: 48, r: 12, t: 8, b: 40 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", ...layout.legend },
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
       dragmode: coarse ? false : "zoom",
     };
