@@ -24,6 +24,7 @@ from typing import Any
 
 from experience.accounting import Cause
 from experience.books import clock, process_books
+from experience.transport.client import QueueConsumer, consumer_for
 from learner.config import LearnerConfig, ModelConfig
 from weight_sync.config import WeightsConfig
 
@@ -58,6 +59,8 @@ class LearnerSettings:
     keep_checkpoints: int
     deterministic: bool
     seed: int
+    time_shared: bool = False
+    """`mode: sync` (a synthetic learner trains on the engines' modelled accelerators)."""
 
 
 class LearnerActor:
@@ -89,9 +92,10 @@ class LearnerActor:
         """
         settings = self._settings
         await self._compute(self._open_sender, engine_nodes)
+        consumer = await consumer_for(queue)
         publication: asyncio.Future[Any] | None = None
         while self._learner.version < settings.steps:
-            metrics, group_ids = await self._step(queue)
+            metrics, group_ids = await self._step(consumer)
             version = self._learner.version
             await queue.ack.remote(
                 group_ids, version - 1, int(metrics["tokens/trained"]), int(metrics["tokens/masked"])
@@ -145,20 +149,18 @@ class LearnerActor:
             self._sender.close()
         self._ended.set()
 
-    async def _step(self, queue: Any) -> tuple[dict[str, float], list[str]]:
+    async def _step(self, consumer: QueueConsumer) -> tuple[dict[str, float], list[str]]:
         """One update: groups are trained on as they arrive, and normalised once."""
         settings = self._settings
         version = self._learner.version
         began_at = time.monotonic()
-        waited_before = self._seconds["waiting"]
+        waited_before, training_before = self._seconds["waiting"], self._seconds["training"]
         self._groups = 0
         group_ids: list[str] = []
         self._learner.begin_step()
         while len(group_ids) < settings.groups_per_update:
             with _Timer(self, "waiting"):
-                encoded = await queue.lease.remote(
-                    self.name, settings.groups_per_update - len(group_ids), version, LEASE_S
-                )
+                encoded = await consumer.lease(self.name, settings.groups_per_update - len(group_ids), version, LEASE_S)
             if not encoded:
                 continue
             with _Timer(self, "training"):
@@ -172,9 +174,19 @@ class LearnerActor:
                 raise TimeoutError(f"version {version} was not copied for publication within {limit:g} s") from None
         with _Timer(self, "training"):
             metrics: dict[str, float] = await self._compute(self._learner.finish_step)
+        self._rebook(training_before, metrics)
         metrics["time/step_s"] = time.monotonic() - began_at
         metrics["time/wait_s"] = self._seconds["waiting"] - waited_before
         return metrics, group_ids
+
+    def _rebook(self, training_before: float, metrics: dict[str, float]) -> None:
+        """A synthetic learner trains in modelled time, also while this actor waits for groups: those seconds are training."""
+        if "time/train_s" not in metrics:
+            return
+        missing = metrics["time/train_s"] - (self._seconds["training"] - training_before)
+        moved = min(max(0.0, missing), self._seconds["waiting"])
+        self._seconds["waiting"] -= moved
+        self._seconds["training"] += moved
 
     def _is_due(self, version: int) -> bool:
         every = self._settings.checkpoint_every
@@ -186,11 +198,20 @@ class LearnerActor:
         await queue.commit.remote(self._learner.version - 1)
         logger.info("checkpoint %s written", path)
 
-    def _load(self, checkpoint: str | None) -> int:
+    def _make_learner(self) -> Any:
+        settings = self._settings
+        if settings.learner.backend == "synthetic":
+            from learner.synthetic import SyntheticLearner
+
+            return SyntheticLearner(
+                settings.learner,
+                max_lag=settings.max_lag,
+                keep_checkpoints=settings.keep_checkpoints,
+                time_shared=settings.time_shared,
+            )
         from learner.learner import Learner
 
-        settings = self._settings
-        self._learner = Learner(
+        return Learner(
             settings.learner,
             settings.model,
             max_lag=settings.max_lag,
@@ -199,6 +220,10 @@ class LearnerActor:
             keep_checkpoints=settings.keep_checkpoints,
             seed=settings.seed,
         )
+
+    def _load(self, checkpoint: str | None) -> int:
+        settings = self._settings
+        self._learner = self._make_learner()
         if checkpoint is None:
             self._learner.load(settings.model_path)
         else:

@@ -7,7 +7,7 @@ backward passes run while the rest of the step is still being generated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +87,12 @@ class StreamingStep:
         elif self._sums.normaliser > 0:
             norm = self._backend.step(self._sums.normaliser)
         applied = norm is not None
-        metrics = {"loss": 0.0, **self._sums.metrics(), **self._group_metrics(applied), **_norm(norm)}
+        metrics = {
+            "loss": 0.0,
+            **self._sums.metrics(),
+            **group_metrics(self._groups, applied, self._passes),
+            **_norm(norm),
+        }
         return StepResult(metrics, applied, self._bad)
 
     def _take(self, group: Group) -> None:
@@ -104,36 +109,6 @@ class StreamingStep:
             self._bad.extend(done.bad_samples)
             self._passes += 1
 
-    def _group_metrics(self, applied: bool) -> dict[str, float]:
-        groups = self._groups
-        rewards = np.array([reward for group in groups for reward in group.rewards.values()] or [np.nan])
-        spans = [span for group in groups for span in group.version_spans]
-        sampled = sum(group.sampled_tokens for group in groups)
-        trained = sum(group.usable_tokens for group in groups) if applied else 0
-        with_signal = [group for group in groups if group.has_signal]
-        metrics: dict[str, float] = {
-            "groups/total": len(groups),
-            "groups/no_signal": len(groups) - len(with_signal),
-            "episodes/rewarded": sum(len(group.rewards) for group in groups),
-            "episodes/unrewarded": sum(group.unrewarded for group in groups),
-            "tokens/trained": trained,
-            "tokens/masked": sampled - trained,
-            "tokens/with_signal": sum(group.usable_tokens for group in with_signal) if applied else 0,
-            "passes": self._passes,
-            "step/skipped": 0 if applied else 1,
-        }
-        if not np.isnan(rewards).all():
-            metrics["reward/mean"] = float(rewards.mean())
-            metrics["reward/std"] = float(rewards.std())
-            metrics["success"] = float((rewards >= SUCCESS_REWARD).mean())
-        lags = [sample.lags for group in groups for sample in group.samples]
-        if lags:
-            usable = np.concatenate(lags)
-            metrics["lag/mean"], metrics["lag/max"] = float(usable.mean()), float(usable.max())
-        if spans:
-            metrics["trajectory_spans"] = float(np.mean(spans))
-        return {name: float(value) for name, value in metrics.items()}
-
 
 def _tokens(samples: list[Sample]) -> int:
     return sum(map(len, samples))
@@ -141,3 +116,35 @@ def _tokens(samples: list[Sample]) -> int:
 
 def _norm(norm: float | None) -> dict[str, float]:
     return {} if norm is None else {"grad_norm": norm}
+
+
+def group_metrics(groups: Sequence[GroupSamples], applied: bool, passes: int) -> dict[str, float]:
+    """What a step says of its groups; ``applied``: whether the weights were updated."""
+    rewards = np.array([reward for group in groups for reward in group.rewards.values()] or [np.nan])
+    spans = [span for group in groups for span in group.version_spans]
+    sampled = sum(group.sampled_tokens for group in groups)
+    trained = sum(group.usable_tokens for group in groups) if applied else 0
+    with_signal = [group for group in groups if group.has_signal]
+    metrics: dict[str, float] = {
+        "groups/total": len(groups),
+        "groups/no_signal": len(groups) - len(with_signal),
+        "episodes/rewarded": sum(len(group.rewards) for group in groups),
+        "episodes/unrewarded": sum(group.unrewarded for group in groups),
+        "tokens/trained": trained,
+        "tokens/masked": sampled - trained,
+        "tokens/with_signal": sum(group.usable_tokens for group in with_signal) if applied else 0,
+        "passes": passes,
+        "step/skipped": 0 if applied else 1,
+    }
+    if not np.isnan(rewards).all():
+        metrics["reward/mean"] = float(rewards.mean())
+        metrics["reward/std"] = float(rewards.std())
+        metrics["success"] = float((rewards >= SUCCESS_REWARD).mean())
+    lags = [sample.lags for group in groups for sample in group.samples]
+    if lags:
+        usable = np.concatenate(lags)
+        metrics["lag/mean"], metrics["lag/max"] = float(usable.mean()), float(usable.max())
+        metrics["lag/p50"], metrics["lag/p99"] = (float(value) for value in np.percentile(usable, (50, 99)))
+    if spans:
+        metrics["trajectory_spans"] = float(np.mean(spans))
+    return {name: float(value) for name, value in metrics.items()}

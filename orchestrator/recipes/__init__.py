@@ -10,6 +10,7 @@ from pathlib import Path
 RECIPES = {
     "shop_small": "orchestrator.recipes.shop_small.build",
     "shop_untrained": "orchestrator.recipes.shop_untrained",
+    "synthetic": "orchestrator.recipes.synthetic",
 }
 """Name to module; the module has ``VERSION`` and ``build(directory, seed, threads, progress)``."""
 

@@ -1,12 +1,14 @@
 """The Ray shell of an embedded engine: batched submission, long-polled results, staged weight updates.
 
 The engine is stepped on the actor's own event loop, so that a step and a call never overlap and a weight swap lands
-between two steps by construction.
+between two steps by construction. A torch engine steps as long as it has requests; a synthetic one sleeps until its
+next event.
 
 =============  =================================  =======================================  =========================
 loop           consumes                           produces                                 waits for
 =============  =================================  =======================================  =========================
-``_run``       submitted requests                 chunks into the outbox of each client    ``_work`` (a submission)
+``_run``       submitted requests                 chunks into the outbox of each client    ``_work`` (a submission),
+                                                                                           the engine's next event
 ``collect``    the outbox of one client           one batch of chunks                      the outbox, or ``POLL_S``
 ``stage``      a transport's offer                the shadow weights                       the transport's time-out
 =============  =================================  =======================================  =========================
@@ -22,6 +24,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from experience.accounting import Account, Cause
+from experience.books import clock, process_books
 from experience.wire import decode, encode
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.config import EnginesConfig
@@ -47,15 +51,32 @@ class EngineActor:
         self._failed: asyncio.Future[None] | None = None
         self._runner: asyncio.Task[None] | None = None
         self._first_token_at: float | None = None
+        self._account: Account | None = None
 
     async def load(self, model_path: str, dtype: str, threads: int, version: int) -> int:
         """Load model and tokenizer; the weights on disk count as ``version``. Returns the bytes of the weights."""
-        from rollout_workers.engines.torch_engine import build_engine
-
-        self._engine = await asyncio.to_thread(build_engine, self._config, Path(model_path), dtype, threads, version)
+        self._engine = await asyncio.to_thread(self._build, Path(model_path), dtype, threads, version)
         self._failed = asyncio.get_running_loop().create_future()
+        self._open_account()
         self._runner = asyncio.create_task(self._run())
         return int(self._engine.weight_bytes)
+
+    def _open_account(self) -> None:
+        """A lane of the timeline for the engine, or for each accelerator that a synthetic one models."""
+        if self._config.kind == "synthetic":
+            for accelerator in self._engine.accelerators:
+                process_books().adopt(accelerator, accelerator.began_at)
+        else:
+            self._account = process_books().account()
+
+    def _build(self, path: Path, dtype: str, threads: int, version: int) -> Any:
+        if self._config.kind == "synthetic":
+            from rollout_workers.engines.synthetic.driver import build_driver
+
+            return build_driver(self._config, path, version, lane=self.name)
+        from rollout_workers.engines.torch_engine import build_engine
+
+        return build_engine(self._config, path, dtype, threads, version)
 
     async def submit(self, batch_bytes: bytes) -> None:
         """Take a batch of requests, releases and aborts from one client."""
@@ -83,12 +104,20 @@ class EngineActor:
 
     async def stage(self, offer: bytes) -> int:
         """Fetch a published version into the shadow weights while decoding goes on. Returns the version."""
+        if self._receiver is None:
+            self._receiver = self._make_receiver()
+        began_at = time.monotonic()
+        version: int = await asyncio.to_thread(self._fetch, offer)
+        if self._config.kind == "synthetic":  # the modelled bytes take longer than the real ones
+            await asyncio.sleep(self._engine.stage_s - (time.monotonic() - began_at))
+        return version
+
+    def _make_receiver(self) -> Any:
+        if self._config.kind == "synthetic":
+            return self._engine.make_receiver(self.name)
         from weight_sync.transports.select import AnyReceiver
 
-        if self._receiver is None:
-            self._receiver = AnyReceiver(self.name, device=self._engine.model.device)
-        version: int = await asyncio.to_thread(self._fetch, offer)
-        return version
+        return AnyReceiver(self.name, device=self._engine.model.device)
 
     def _fetch(self, offer: bytes) -> int:
         from weight_sync.transports.protocol import decode_offer
@@ -101,7 +130,15 @@ class EngineActor:
 
     async def commit(self, version: int, kv: str) -> int:
         """Swap to a staged version between two steps. Returns the version now served."""
-        served: int = self._engine.commit(version, KvPolicy(kv))
+        account = self._account
+        if account is None:
+            served: int = self._engine.commit(version, KvPolicy(kv))
+        else:
+            before = account.cause
+            if self._engine.has_work:
+                account.switch(Cause.WEIGHT_STALL, clock())
+            served = self._engine.commit(version, KvPolicy(kv))
+            account.switch(before, clock())
         self._work.set()
         return served
 
@@ -114,6 +151,7 @@ class EngineActor:
 
     async def pause(self, keep: str) -> None:
         self._engine.pause(PauseMode(keep))
+        self._work.set()
 
     async def resume(self) -> None:
         self._engine.resume()
@@ -147,10 +185,8 @@ class EngineActor:
     async def _run(self) -> None:
         try:
             while True:
-                if not self._engine.has_work:
-                    self._work.clear()
-                    await self._work.wait()
-                self._deliver(self._engine.step())
+                await self._wait(self._delay())
+                self._deliver(self._step())
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             raise
@@ -158,6 +194,42 @@ class EngineActor:
             logger.exception("engine %s failed", self.name)
             assert self._failed is not None
             self._failed.set_exception(error)
+
+    def _step(self) -> list[TokenChunk]:
+        """One step of the engine; a torch engine's is charged as its own counters split it."""
+        account = self._account
+        if account is None:
+            made: list[TokenChunk] = self._engine.step()
+            return made
+        began_at, prefill_s = clock(), self._engine.counters.prefill_s
+        chunks: list[TokenChunk] = self._engine.step()
+        prefill_s = self._engine.counters.prefill_s - prefill_s
+        if prefill_s > 0:
+            account.switch(Cause.PREFILL, began_at)
+        account.switch(Cause.DECODE, began_at + prefill_s)
+        return chunks
+
+    def _delay(self) -> float | None:
+        """Seconds until the engine has something to do; None: not before the next call."""
+        if self._config.kind == "synthetic":
+            delay: float | None = self._engine.delay()
+            return delay
+        if not self._engine.has_work and self._account is not None:
+            self._account.switch(Cause.IDLE, clock())
+        return 0.0 if self._engine.has_work else None
+
+    async def _wait(self, delay: float | None) -> None:
+        """Until a call has changed something, at most ``delay`` seconds (None: however long that takes)."""
+        if delay is None:
+            self._work.clear()
+            await self._work.wait()
+        elif delay > 0:
+            self._work.clear()
+            try:
+                async with asyncio.timeout(delay):
+                    await self._work.wait()
+            except TimeoutError:
+                return
 
     def _deliver(self, chunks: list[TokenChunk]) -> None:
         for chunk in chunks:

@@ -15,7 +15,7 @@ import itertools
 from collections import deque
 from typing import NamedTuple
 
-from experience.accounting import Account, Cause
+from experience.accounting import Account, Cause, Span
 from rollout_workers.engines.synthetic.cost_model import CostModel
 from rollout_workers.engines.synthetic.kv_cache import KvCache
 
@@ -60,7 +60,9 @@ class Accelerator:
         self.cost = cost
         self.version = version
         self.kv = KvCache(cost.kv_tokens)
-        self.account = None if lane is None else Account(lane, now, Cause.IDLE)
+        self.lane = lane or ""
+        self.began_at = now
+        self._account = None if lane is None else Account(lane, now, Cause.IDLE)
         self._seconds: dict[Cause, float] = {}
         self._now = now
         self._cause = Cause.IDLE
@@ -196,6 +198,12 @@ class Accelerator:
         self._run_to(now)
         return dict(self._seconds)
 
+    def take_spans(self, now: float | None = None) -> list[Span]:
+        """Spans of the accelerator's lane since the last call; with ``now`` the present one is cut there and included."""
+        if now is not None:
+            self._run_to(now)
+        return [] if self._account is None else self._account.take_spans(now)
+
     # The passage of time
 
     def _run_to(self, now: float) -> None:
@@ -244,8 +252,8 @@ class Accelerator:
             self._next = self._now + max(0.0, left) / self.cost.sequence_rate(self._running)
         else:
             self._cause, self._next = Cause.IDLE, None
-        if self.account is not None:
-            self.account.switch(self._cause, self._now)
+        if self._account is not None:
+            self._account.switch(self._cause, self._now)
 
     def _admit(self) -> None:
         while self._waiting and self._admitted < self.cost.slots:
