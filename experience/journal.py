@@ -17,11 +17,11 @@ import os
 import struct
 import threading
 import zlib
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from experience.write_behind import WriteBehind
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ _JOINED_BYTES = 4096
 """Payloads below this are copied behind their head; larger ones are written from where they are."""
 _BUFFERS_AT_ONCE = 1024
 """The kernel's limit for one gathering write."""
-_SYNCS_AT_ONCE = 32
-"""Finished segments that may wait for the disk before appending waits too."""
+_BEHIND_BYTES = 16 << 20
+"""How much of the present segment is written before the disk is asked to have it."""
 
 
 class JournalError(RuntimeError):
@@ -111,34 +111,6 @@ def _write_all(descriptor: int, buffers: list[bytes], offset: int) -> int:
         while done < total:
             done += os.pwrite(descriptor, rest[done:], offset + done)
     return total
-
-
-class BackgroundSync:
-    """Brings finished segments to the disk on a thread, in order, and closes them: appending does not wait for it."""
-
-    def __init__(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
-        self._running: deque[Future[None]] = deque()
-
-    def add(self, descriptor: int) -> None:
-        """Sync and close ``descriptor``. Raises the ``OSError`` of an earlier one."""
-        while self._running and (self._running[0].done() or len(self._running) >= _SYNCS_AT_ONCE):
-            self._running.popleft().result()
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="journal-sync")
-        self._running.append(self._threads.submit(_sync_and_close, descriptor))
-
-    def wait(self) -> None:
-        """Returns when all are on the disk. Raises the first ``OSError``."""
-        while self._running:
-            self._running.popleft().result()
-
-
-def _sync_and_close(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class JournalReader:
@@ -218,7 +190,8 @@ class Journal(JournalReader):
         self._written = 0
         self._end = 0
         self._descriptor = -1
-        self._syncing = BackgroundSync()
+        self._behind = WriteBehind()
+        self._left_behind = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._open_last()
@@ -264,8 +237,9 @@ class Journal(JournalReader):
         try:
             with self._writing:
                 self._write_pending()
+                self._leave_behind()
             if sync:
-                self._syncing.wait()
+                self._behind.wait()
                 os.fsync(self._descriptor)
         except OSError as error:
             raise self._write_error(error) from error
@@ -299,6 +273,11 @@ class Journal(JournalReader):
             )
         del self._pending[:count]
         self._written += done
+
+    def _leave_behind(self) -> None:
+        if self._written - self._left_behind >= _BEHIND_BYTES and self._behind.idle:
+            self._behind.sync(self._descriptor, self._left_behind, self._written)
+            self._left_behind = self._written
 
     def _open_last(self) -> None:
         segments = self.segments()
@@ -348,7 +327,8 @@ class Journal(JournalReader):
                 previous = self._descriptor
                 self._create(self._number + 1)
                 self._end = self._written
-            self._syncing.add(previous)
+            self._behind.close(previous, self._left_behind)
+            self._left_behind = 0
         except OSError as error:
             raise self._write_error(error) from error
 

@@ -31,6 +31,8 @@ from experience.wire import decode, encode
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
+AT_ONCE_BYTES = 256 << 10
+"""How much of a large batch is encoded before it is sent."""
 RETRY_S = 5.0
 """How long calls go over the fallback after the socket failed, before it is tried again."""
 
@@ -68,7 +70,7 @@ class _Channel(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         set_options(transport.get_extra_info("socket"))
-        self._transport.set_write_buffer_limits(high=4 << 20)
+        self._transport.set_write_buffer_limits(high=1 << 20)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -101,18 +103,32 @@ class _Channel(asyncio.BufferedProtocol):
             self.close()
 
     async def add(self, entries: Sequence[EpisodeEntry]) -> list[Added]:
-        frames: list[bytes] = []
         number, call = self._new_call(len(entries))
-        for entry in entries:
-            body = encode(entry)
-            frames += (head(Kind.ADD, number, len(body)), body)
-        await self._send(number, call, frames)
+        frames: list[bytes] = []
+        unsent = 0
+        try:
+            for entry in entries:
+                body = encode(entry)
+                frames += (head(Kind.ADD, number, len(body)), body)
+                unsent += len(body)
+                if unsent >= AT_ONCE_BYTES:
+                    await self._write(frames)
+                    frames, unsent = [], 0
+                    await asyncio.sleep(0)  # what was written leaves while the rest is encoded
+            await self._write(frames)
+            await call.done
+        finally:
+            self._calls.pop(number, None)
         return call.added
 
     async def lease(self, request: LeaseRequest) -> list[bytes]:
         number, call = self._new_call(0)
         body = encode(request)
-        await self._send(number, call, [head(Kind.LEASE, number, len(body)), body])
+        try:
+            await self._write([head(Kind.LEASE, number, len(body)), body])
+            await call.done
+        finally:
+            self._calls.pop(number, None)
         return call.groups
 
     def close(self) -> None:
@@ -126,16 +142,12 @@ class _Channel(asyncio.BufferedProtocol):
         self._calls[self._number] = call
         return self._number, call
 
-    async def _send(self, number: int, call: _Call, frames: list[bytes]) -> None:
-        """Returns with the answer."""
-        try:
-            if not self._writable.is_set():
-                await self._writable.wait()
-            if not self.closed:
-                self._transport.writelines(frames)
-            await call.done
-        finally:
-            self._calls.pop(number, None)
+    async def _write(self, frames: list[bytes]) -> None:
+        """Returns when they are sent or buffered; a connection that has ended is told by the call's future."""
+        if not self._writable.is_set():
+            await self._writable.wait()
+        if not self.closed:
+            self._transport.writelines(frames)
 
     def _take(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.CHALLENGE:
