@@ -22,6 +22,9 @@ from rollout_workers.errors import ChatTemplateMissing
 
 Message = dict[str, Any]
 
+CONTEXT_OF_DECODING = 8
+"""How many of the tokens before it decide how a token is written."""
+
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
@@ -112,7 +115,7 @@ class ChatTokenizer:
         """Text of ``tokens``, special tokens included, as it continues the text of the tokens ``after`` which it stands."""
         if not after:
             return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
-        tail = list(after[-8:])
+        tail = list(after[-CONTEXT_OF_DECODING:])
         before = self.tokenizer.decode(tail, skip_special_tokens=False)
         both = self.tokenizer.decode(tail + list(tokens), skip_special_tokens=False)
         return str(both[len(before) :])

@@ -15,7 +15,7 @@ from typing import Any
 
 from env_pool.environment import Observation, StepResult
 from experience.records import Task
-from rollout_workers.chat import Message
+from rollout_workers.chat import CONTEXT_OF_DECODING, Message
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.episode_context import EpisodeContext
@@ -261,8 +261,7 @@ class Episode:
         """Continue the text with what was sampled and add the assistant's message."""
         chat = self._context.chat
         tokens = chunk.tokens.tolist()
-        before = self._builder.tokens[: len(self._builder) - len(tokens)]
-        sampled_text = chat.decode(tokens, after=before)
+        sampled_text = chat.decode(tokens, after=self._builder.tail(CONTEXT_OF_DECODING, before=len(tokens)))
         self._text += sampled_text
         content = sampled_text
         if chunk.finish_reason is FinishReason.STOP and chunk.stop_match is None:

@@ -17,8 +17,8 @@ from experience.records import Task
 REPLAY = "replay"
 HELD_OUT_FROM = 1 << 40
 """Held-out tasks are those of indices that no training reaches."""
-WORD = "x "
-"""Filler: one token of a word-level tokenizer."""
+WORD = ". "
+"""Filler: one token for nearly every tokenizer."""
 
 
 class EnvironmentLost(Exception):
