@@ -11,8 +11,9 @@ class SyntheticLearnerConfig:
 
     accelerators: int = 16
     """Modelled accelerators that train; in ``mode: sync`` those of the engines, which train and roll out in turns."""
-    seconds_per_token: float = 4.0e-4
-    """Accelerator-seconds of training for a token of a trajectory (context and generated alike)."""
+    seconds_per_token: float = 1.2e-4
+    """Accelerator-seconds of training for a token of a trajectory (context and generated alike); the default is
+    6 operations a parameter and token for 8 billion parameters at 400e12 operations a second."""
     step_overhead_s: float = 1.0
     """Seconds of a step that do not shrink with more accelerators: the optimizer, gathering the weights."""
     switch_s: float = 10.0

@@ -60,6 +60,11 @@ class RunConfig:
     startup_timeout_s: float = 180.0
     stall_timeout_s: float = 300.0
     """A run in which nothing finishes for this long ends with an error that names what it waited for."""
+    stall_warn_factor: float = 3.0
+    """A warning names what the run waits for when nothing was trained for this many median steps plus the longest of
+    the recent episodes."""
+    stall_warn_floor_s: float = 30.0
+    """The warning comes no earlier than after this many seconds."""
     view_every_s: float = 0.5
     """Seconds between refreshes of the terminal view."""
 
@@ -69,7 +74,13 @@ class RunConfig:
             raise ValueError("run.dir must name a directory, such as runs/first")
         _at_least("run", self, 1, "steps", "keep_checkpoints")
         _at_least("run", self, 0, "eval_every", "checkpoint_every")
-        for name in ("startup_timeout_s", "stall_timeout_s", "view_every_s"):
+        for name in (
+            "startup_timeout_s",
+            "stall_timeout_s",
+            "stall_warn_factor",
+            "stall_warn_floor_s",
+            "view_every_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"run.{name} must be positive, got {getattr(self, name)}")
 
@@ -222,6 +233,16 @@ def _validate_synthetic(config: Config) -> None:
                 f"engines.synthetic.{name}={getattr(engine, name):g} and learner.synthetic.{name}="
                 f"{getattr(learner, name):g} must be equal: they model one cluster"
             )
+        if config.tasks.environment == "workload" and config.tasks.options.get(name, 1.0) != getattr(engine, name):
+            raise ValueError(
+                f"tasks.options.{name}={config.tasks.options.get(name, 1.0):g} and engines.synthetic.{name}="
+                f"{getattr(engine, name):g} must be equal: tools and engines run in the same time"
+            )
+    if config.model.path is None and config.model.recipe != "synthetic":
+        raise ValueError(
+            f"model.recipe={config.model.recipe}: synthetic engines sample from a vocabulary of their own; set "
+            "model.recipe=synthetic"
+        )
     together = engine.accelerators * config.engines.replicas
     if config.mode == "sync" and learner.accelerators != together:
         raise ValueError(

@@ -25,7 +25,7 @@ import psutil
 from env_pool.registry import TaskSource, load_environment, load_object
 from orchestrator.announce import Announcer
 from orchestrator.config import Config, ConfigError, secret_values, validate
-from orchestrator.model_files import check_model
+from orchestrator.model_files import check_model, check_synthetic
 from orchestrator.recipes import RECIPES
 from orchestrator.run_directory import RunDirectory
 from orchestrator.snapshot import Snapshot
@@ -80,6 +80,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"weights.every={config.weights.every} is not built yet: leave it 1")
     if config.model.path is not None:
         check_model(Path(config.model.path), config.rollout.loop, config.engines.max_len)
+        if config.engines.kind == "synthetic":
+            check_synthetic(Path(config.model.path))
     elif config.model.recipe not in RECIPES:
         raise ConfigError(
             f"model.recipe: there is no recipe {config.model.recipe!r}; there are {', '.join(RECIPES)}, or give model.path"
@@ -305,6 +307,11 @@ def describe(summary: dict[str, Any]) -> str:
         f"lag: mean {summary['lag_mean']:.2f}, max {summary['lag_max']} (bound {summary['max_lag']}); "
         f"first token after {summary['startup_s']} s; learner idle for lack of dispatch: {summary['learner_starved_s']} s"
     )
+    if scale := summary.get("scale"):
+        lines.append(
+            f"modelled: {scale['rollout_accelerators']} accelerators roll out, {scale['learner_accelerators']} train; a wall "
+            f"second is {scale['time_scale']:g} modelled ones, a token {scale['token_scale']:g}"
+        )
     lines.append(f"groups: {json.dumps(summary['ledger'])}")
     lines.append(f"tokens: {json.dumps(summary['tokens'])}")
     return "\n".join(lines)

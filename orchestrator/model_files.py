@@ -44,6 +44,16 @@ def check_model(path: Path, loop: str, max_len: int) -> None:
         )
 
 
+def check_synthetic(path: Path) -> None:
+    """Whether a directory holds the model of synthetic runs. Raises ConfigError."""
+    from rollout_workers.engines.synthetic.weights import SyntheticModelError, read_vocabulary
+
+    try:
+        read_vocabulary(path)
+    except SyntheticModelError as error:
+        raise ConfigError(f"model.path: {error}") from error
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(

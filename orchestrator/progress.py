@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import logging
 import platform
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import Any
 
-from experience.wire import decode
+from orchestrator.accounting.accountant import Accountant
 from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
-from orchestrator.fleet import Fleet
 from orchestrator.run_directory import RunDirectory
 from orchestrator.snapshot import Snapshot
-from orchestrator.supervisor import Supervisor, first_line
+from orchestrator.supervisor import Supervisor
 from orchestrator.telemetry import Metrics
-from rollout_workers.assignments import EpisodeReport, WorkerStats
-from rollout_workers.engines.protocol import EngineHealth
+from rollout_workers.assignments import EpisodeReport
 
 logger = logging.getLogger(__name__)
 
-STATS_EVERY_S = 1.0
-SILENT_S = 10.0
 HISTORY = 400
 PACKAGES = ("millrace", "torch", "transformers", "ray", "omegaconf", "msgspec", "numpy")
 
@@ -39,7 +35,8 @@ class Progress:
         self._metrics = Metrics(run, began_at=started_at)
         self._base_version = version
         self._version = version
-        self._phase = "starting"
+        self.phase = "starting"
+        """What the run is doing, see `Snapshot.phase`."""
         self._events: deque[str] = deque(maxlen=50)
         self._rewards: deque[float] = deque(maxlen=HISTORY)
         self._success: deque[float] = deque(maxlen=HISTORY)
@@ -54,18 +51,6 @@ class Progress:
         self._lag_sum = 0.0
         self._lag_max = 0
         self._lag_tokens = 0.0
-        self._no_dispatch_s = 0.0
-        self._live: dict[str, Any] = {}
-        self._asked_in_vain: dict[str, float] = {}
-        self.touched_at = time.monotonic()
-
-    def touch(self) -> None:
-        """Something finished: the run is not stalled."""
-        self.touched_at = time.monotonic()
-
-    def phase(self, phase: str) -> None:
-        self._phase = phase
-        self.touch()
 
     def event(self, text: str) -> None:
         """Something a person should notice."""
@@ -78,7 +63,6 @@ class Progress:
         self._dropped[reason] += 1
 
     def episode(self, report: EpisodeReport) -> None:
-        self.touch()
         self._episodes["ended"] += 1
         if report.reason is not None:
             if not self._episodes[report.reason]:
@@ -88,13 +72,18 @@ class Progress:
 
     def evaluation(self, result: dict[str, Any]) -> None:
         self._evaluations.append(result)
-        self.touch()
         values = {"eval/success": result["success"], "eval/reward_mean": result["reward_mean"]}
         self._metrics.log(result["step"], values, now=time.time())
 
-    def step(self, version: int, metrics: dict[str, float], ledger: dict[str, Any], dispatcher: Dispatcher) -> None:
-        """A learner step: one line of metrics."""
-        self.touch()
+    def step(
+        self,
+        version: int,
+        metrics: dict[str, float],
+        ledger: dict[str, Any],
+        dispatcher: Dispatcher,
+        accountant: Accountant,
+    ) -> None:
+        """A learner step: one line of metrics. The shares ``idle/CAUSE`` are over the training so far."""
         now = time.monotonic()
         self._version = version
         self._step_times.append(now)
@@ -119,26 +108,19 @@ class Progress:
             "tokens/wasted_total": tokens["wasted"],
             "lengths/ks": ledger["ks"],
             "dispatch/in_flight": dispatcher.in_flight,
-            "dispatch/starved_s": self._no_dispatch_s,
+            "dispatch/starved_s": accountant.attribution.starved_s,
+            **{f"idle/{cause}": share for cause, share in accountant.idle().items()},
         }
         self._last = values
         self._metrics.log(version, values, now=time.time())
 
-    async def watch(self, supervisor: Supervisor) -> None:
-        """Ask the actors what they are doing, for the view, once a second. An actor that does not answer is shown as such."""
-        while True:
-            began_at = time.monotonic()
-            answers = await asyncio.gather(
-                *(self._ask(name, actor.role.name, actor.handle) for name, actor in supervisor.actors.items())
-            )
-            self._live = {name: answer for name, answer in answers if answer is not None}
-            self._account_dispatch(time.monotonic() - began_at)
-            await asyncio.sleep(STATS_EVERY_S)
-
-    def snapshot(self, supervisor: Supervisor, fleet: Fleet, dispatcher: Dispatcher) -> dict[str, Any]:
+    def snapshot(
+        self, supervisor: Supervisor, live: Mapping[str, dict[str, Any]], dispatcher: Dispatcher
+    ) -> dict[str, Any]:
+        """``live``: the last answer of each actor."""
         by_role: dict[str, list[dict[str, Any]]] = {}
         for name, actor in supervisor.actors.items():
-            entry = {"name": name, "state": actor.state, **self._live.get(name, {})}
+            entry = {"name": name, "state": actor.state, **live.get(name, {})}
             by_role.setdefault(actor.role.name, []).append(entry)
         learner = dict((by_role.get("learner") or [{}])[0])
         seconds = learner.pop("seconds", {})
@@ -151,7 +133,7 @@ class Progress:
         return Snapshot(
             run_dir=self._config.run.dir,
             mode=self._config.mode,
-            phase=self._phase,
+            phase=self.phase,
             step=self._version,
             steps=self._config.run.steps,
             version=self._version,
@@ -185,10 +167,17 @@ class Progress:
         ).to_dict()
 
     def finish(
-        self, status: str, error: str | None, ledger: dict[str, Any], first_token_at: float | None, replaced: int
+        self,
+        status: str,
+        error: str | None,
+        ledger: dict[str, Any],
+        first_token_at: float | None,
+        replaced: int,
+        accountant: Accountant,
+        stalls: list[dict[str, Any]],
     ) -> dict[str, Any]:
         """Write `summary.json` and return it."""
-        self._phase = status
+        self.phase = status
         tokens = dict(ledger.get("tokens", {}))
         evaluations = self._evaluations
         summary = {
@@ -210,7 +199,12 @@ class Progress:
             "lengths_ks": ledger.get("ks"),
             "episodes": dict(self._episodes),
             "actors_replaced": replaced,
-            "learner_starved_s": round(self._no_dispatch_s, 2),
+            "learner_starved_s": round(accountant.attribution.starved_s, 2),
+            "idle": accountant.idle(),
+            "accounting": accountant.lanes(),
+            "cpu_s": accountant.cpu_s(),
+            "stalls": stalls,
+            **scale_of(self._config),
             "versions": {"python": platform.python_version(), **versions()},
         }
         self._run.write_summary(summary)
@@ -218,33 +212,6 @@ class Progress:
 
     def close(self) -> None:
         self._metrics.close()
-
-    async def _ask(self, name: str, role: str, handle: Any) -> tuple[str, dict[str, Any] | None]:
-        call = handle.health if role in ("engine", "environment", "reward") else handle.stats
-        try:
-            async with asyncio.timeout(STATS_EVERY_S):
-                answer = await call.remote()
-        except TimeoutError:
-            self._asked_in_vain.setdefault(name, time.monotonic())
-            return name, self._live.get(name)
-        except Exception as error:  # noqa: BLE001 - a dead actor is the supervisor's business
-            logger.debug("%s did not say how it is: %s", name, first_line(error))
-            return name, None
-        self._asked_in_vain.pop(name, None)
-        return name, _described(role, answer)
-
-    def silent(self) -> list[str]:
-        """Actors that have not answered for a while, with for how long."""
-        now = time.monotonic()
-        return [f"{name} ({now - at:.0f} s)" for name, at in self._asked_in_vain.items() if now - at >= SILENT_S]
-
-    def _account_dispatch(self, seconds: float) -> None:
-        """Count the time in which the learner waited and nothing was in flight: dispatching was too slow."""
-        learner = self._live.get("learner-0", {})
-        workers = [live for name, live in self._live.items() if name.startswith("worker")]
-        idle = all(not worker.get("episodes") for worker in workers)
-        if self._phase == "training" and learner.get("phase") == "waiting" and idle and workers:
-            self._no_dispatch_s += STATS_EVERY_S + seconds
 
     def _masked_share(self) -> float | None:
         trained, masked = self._last.get("tokens/trained_total"), self._last.get("tokens/masked_total")
@@ -266,29 +233,19 @@ class Progress:
         return None if ended_at <= began_at else (ended - began) / (ended_at - began_at)
 
 
-def _described(role: str, answer: Any) -> dict[str, Any]:
-    """An actor's answer in the words of the view."""
-    if role == "engine":
-        health = decode(answer, EngineHealth)
-        return {
-            "version": health.version,
-            "running": health.running,
-            "waiting": health.waiting,
-            "kv_used": health.kv_used,
-            "generated_tokens": health.generated_tokens,
+def scale_of(config: Config) -> dict[str, Any]:
+    """``scale``: how many accelerators a synthetic run models and by what factors; nothing in a real one."""
+    if config.engines.kind != "synthetic":
+        return {}
+    modelled = config.engines.synthetic
+    return {
+        "scale": {
+            "rollout_accelerators": config.engines.replicas * modelled.accelerators,
+            "learner_accelerators": config.learner.synthetic.accelerators,
+            "time_scale": modelled.time_scale,
+            "token_scale": modelled.token_scale,
         }
-    if role == "worker":
-        stats = decode(answer, WorkerStats)
-        return {
-            "episodes": stats.running,
-            "queued": stats.queued,
-            "generating": stats.generating,
-            "in_environment": stats.in_environment,
-            "in_reward": stats.in_reward,
-            "finished": stats.finished,
-            "failed": stats.failed,
-        }
-    return dict(answer)
+    }
 
 
 def versions() -> dict[str, str]:

@@ -23,8 +23,8 @@ class SyntheticEngineConfig:
     """Running sequences at which an accelerator decodes at half its peak."""
     slots: int = 64
     """Most sequences running on an accelerator; the rest wait in order of arrival."""
-    kv_tokens: int = 1_000_000
-    """Tokens of KV that an accelerator holds; idle sessions are evicted, the one that has waited longest first."""
+    kv_tokens: int = 2_000_000
+    """Tokens of KV that an accelerator holds (in its own memory or within its reach); idle sessions are evicted, the one that has waited longest first."""
     update_pause_s: float = 0.5
     """Seconds that an accelerator stands still when it switches to new weights."""
     stage_s: float = 2.0
