@@ -1,0 +1,197 @@
+"""The simulated engines: routers, and the accelerators of the synthetic engine, on the simulated clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from experience.accounting import Cause
+from orchestrator.simulator.cluster import Cluster
+from orchestrator.simulator.entries import Segments, merge
+from orchestrator.simulator.events import EventLoop
+from rollout_workers.engines.synthetic.accelerator import Accelerator, Completion
+from rollout_workers.router import Router
+
+Done = Callable[[Segments], None]
+"""Called with what a request sampled."""
+
+
+@dataclass(slots=True)
+class _Request:
+    id: str
+    session: str
+    prompt: int
+    output: int
+    done: Done
+    replica: str = ""
+    unit: int = 0
+    segments: Segments = field(default_factory=list)
+    """Of engines that were lost meanwhile."""
+
+
+class _Replica:
+    """One engine actor: accelerators behind a router of their own."""
+
+    def __init__(self, cluster: Cluster, version: int, now: float) -> None:
+        self.units = [Accelerator(cluster.cost, version, now) for _ in range(cluster.accelerators)]
+        self.router = Router()
+        for index in range(cluster.accelerators):
+            self.router.add(str(index))
+        self.armed: list[float | None] = [None] * cluster.accelerators
+        self.busy = [False] * cluster.accelerators
+
+
+class Engines:
+    """All engine replicas, as a rollout worker sees them. ``on_busy`` hears how many accelerators have work, at each change."""
+
+    def __init__(self, cluster: Cluster, loop: EventLoop, on_busy: Callable[[int], None]) -> None:
+        self._cluster, self._loop, self._on_busy = cluster, loop, on_busy
+        self._router = Router()
+        self._replicas: dict[str, _Replica] = {}
+        self._requests: dict[str, _Request] = {}
+        self._homeless: list[_Request] = []
+        self._busy = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.continued = 0
+        """Requests that went on elsewhere after their engine was lost."""
+        self._gone: dict[Cause, float] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being served or wait for an engine."""
+        return len(self._requests)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._replicas)
+
+    def join(self, name: str, version: int) -> None:
+        """An engine that holds ``version`` takes requests from now on."""
+        self._replicas[name] = _Replica(self._cluster, version, self._loop.now)
+        self._router.add(name)
+        waiting, self._homeless = self._homeless, []
+        for request in waiting:
+            self._route(request)
+
+    def kill(self, name: str) -> None:
+        """An engine is gone: its requests go on elsewhere with the tokens they have, its KV is lost."""
+        replica = self._replicas.pop(name)
+        self._router.remove(name)
+        orphans = [request for request in self._requests.values() if request.replica == name]
+        for request in orphans:
+            unit = replica.units[request.unit]
+            for completion in unit.advance(self._loop.now):
+                self._finish(completion)
+        for cause, seconds in self._seconds_of(replica).items():
+            self._gone[cause] = self._gone.get(cause, 0.0) + seconds
+        self._set_busy(self._busy - sum(replica.busy))
+        for request in orphans:
+            if request.id in self._requests:
+                self.continued += 1
+                merge(request.segments, replica.units[request.unit].partial(request.id))
+                self._route(request)
+
+    def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done) -> None:
+        """Start a request; ``done`` hears of its end."""
+        request = _Request(request_id, session, prompt, output, done)
+        self._requests[request_id] = request
+        self._route(request)
+
+    def abort(self, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        if request.replica == "":
+            self._homeless.remove(request)
+            return
+        replica = self._replicas[request.replica]
+        replica.units[request.unit].abort(request_id, self._loop.now)
+        replica.router.finished(str(request.unit))
+        self._router.finished(request.replica)
+        self._arm(request.replica, request.unit)
+
+    def release(self, session: str) -> None:
+        """The session is over."""
+        name = self._router.release(session)
+        replica = self._replicas.get(name) if name is not None else None
+        home = replica.router.release(session) if replica is not None else None
+        if name is not None and replica is not None and home is not None:
+            replica.units[int(home)].release(session, self._loop.now)
+            self._arm(name, int(home))
+
+    def commit(self, name: str, version: int, keep_kv: bool) -> None:
+        """The engine switches to ``version``."""
+        for index, unit in enumerate(self._replicas[name].units):
+            unit.commit(version, self._loop.now, keep_kv)
+            self._arm(name, index)
+
+    def seconds(self) -> dict[Cause, float]:
+        """Accelerator-seconds of all engines, those that are gone included, by what they did."""
+        total = dict(self._gone)
+        for replica in self._replicas.values():
+            for cause, seconds in self._seconds_of(replica).items():
+                total[cause] = total.get(cause, 0.0) + seconds
+        return total
+
+    def _seconds_of(self, replica: _Replica) -> dict[Cause, float]:
+        total: dict[Cause, float] = {}
+        for unit in replica.units:
+            for cause, seconds in unit.seconds(self._loop.now).items():
+                total[cause] = total.get(cause, 0.0) + seconds
+        return total
+
+    def _route(self, request: _Request) -> None:
+        made = sum(tokens for _, tokens in request.segments)
+        name = self._router.choose(request.session)
+        if name is None:
+            request.replica = ""
+            self._homeless.append(request)
+            return
+        replica = self._replicas[name]
+        unit = int(replica.router.choose(request.session) or 0)
+        request.replica, request.unit = name, unit
+        self.prompt_tokens += request.prompt + made
+        accelerator = replica.units[unit]
+        accelerator.submit(
+            request.id, request.session, request.prompt + made, max(1, request.output - made), self._loop.now
+        )
+        self._arm(name, unit)
+
+    def _arm(self, name: str, index: int) -> None:
+        """After anything that may have changed when an accelerator has something to tell."""
+        replica = self._replicas[name]
+        unit = replica.units[index]
+        if unit.has_requests != replica.busy[index]:
+            replica.busy[index] = unit.has_requests
+            self._set_busy(self._busy + (1 if unit.has_requests else -1))
+        at = unit.next_event()
+        if at != replica.armed[index]:
+            replica.armed[index] = at
+            if at is not None:
+                self._loop.at(at, lambda: self._due(replica, name, index, at))
+
+    def _due(self, replica: _Replica, name: str, index: int, at: float) -> None:
+        if self._replicas.get(name) is not replica or replica.armed[index] != at:
+            return
+        replica.armed[index] = None
+        finished = replica.units[index].advance(self._loop.now)
+        self._arm(name, index)
+        for completion in finished:
+            self._finish(completion)
+
+    def _finish(self, completion: Completion) -> None:
+        request = self._requests.pop(completion.request_id, None)
+        if request is None:
+            return
+        self.cached_tokens += completion.cached_tokens
+        if request.replica in self._replicas:
+            self._replicas[request.replica].router.finished(str(request.unit))
+        self._router.finished(request.replica)
+        merge(request.segments, completion.segments)
+        request.done(request.segments)
+
+    def _set_busy(self, busy: int) -> None:
+        self._busy = busy
+        self._on_busy(busy)
