@@ -10,7 +10,7 @@ from episode_doubles import make_context
 from env_pool.workloads.replay import load_recording
 from experience.entries import make_entry
 from experience.records import Status
-from experience.workload_trace import TraceHeader, TraceTurn, WorkloadTraceWriter, read_workload
+from experience.workload_trace import TraceHeader, WorkloadTraceWriter, read_workload
 from rollout_workers.engines.protocol import FinishReason, TokenChunk
 from rollout_workers.episode import Episode
 from rollout_workers.loops import tool_agent
