@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Several processes share the cores: thread pools of one thread each keep them from fighting over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-slow lint types format clean help
+.PHONY: setup peers quickstart test test-slow lint types format clean help
 
 help:
 	@echo "make quickstart   train the small shop agent (about five minutes on two CPU cores)"
 	@echo "make test         run the tests"
+	@echo "make peers        install what the benchmarks compare with, in an environment of its own"
 	@echo "make setup | test-slow | lint | types | format | clean"
 
 setup: $(VENV)/.ready
@@ -23,6 +24,17 @@ $(VENV)/.ready: pyproject.toml
 	@echo "Installing (a few minutes the first time)"
 	@$(PIP) install torch==2.13.0
 	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+# The peers that benchmarks compare with pin other versions than Millrace: they have an environment of their own.
+PEERS := .venv-peers
+
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready:
+	@test -x $(PEERS)/bin/python || { echo "Making the virtual environment $(PEERS)"; $(PYTHON) -m venv $(PEERS); }
+	@echo "Installing the peers (a few minutes the first time)"
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install torch==2.13.0 TransferQueue==0.1.11 trl==1.16.0
 	@touch $@
 
 quickstart: setup
@@ -47,4 +59,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
