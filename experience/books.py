@@ -85,7 +85,7 @@ class Books:
         """Seconds by lane and cause as of the last write, which this does when it is due: what is told is in the file too."""
         if now - self._written_at >= WRITE_EVERY * self._least_s or not self._totals:
             self.write(now)
-        return self._totals
+        return dict(self._totals)
 
     def write(self, now: float) -> None:
         """Append every lane's spans up to ``now`` to the timeline."""

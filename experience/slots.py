@@ -28,6 +28,8 @@ CAUSES = {
 """As which cause a state counts in a worker's account; a free slot is idle."""
 
 FREE = "free"
+EMPTY = "empty"
+"""Seconds (not slot-seconds) in which no episode was live."""
 
 
 class Wait(NamedTuple):
@@ -51,7 +53,7 @@ class Slots:
     'environment'
     >>> slots.end("e", 3.0)
     >>> slots.slot_seconds(5.0)
-    {'environment': 1.0, 'free': 17.0, 'generating': 2.0}
+    {'environment': 1.0, 'free': 17.0, 'generating': 2.0, 'empty': 2.0}
     >>> slots.seconds(5.0)
     {<Cause.ENVIRONMENT: 'environment'>: 0.25, <Cause.IDLE: 'idle'>: 4.25, <Cause.DECODE: 'decode'>: 0.5}
     """
@@ -99,7 +101,7 @@ class Slots:
         return sorted(self._episodes.values(), key=lambda wait: (wait.group_id not in groups, wait.since))[:limit]
 
     def slot_seconds(self, now: float) -> dict[str, float]:
-        """Slot-seconds so far by state, and ``free`` ones."""
+        """Slot-seconds so far by state, and ``free`` ones; ``empty`` seconds."""
         self._pass(now)
         return dict(self._slot_seconds)
 
@@ -126,6 +128,8 @@ class Slots:
         if elapsed <= 0:
             return
         self._now = now
+        if not self._episodes:
+            self._slot_seconds[EMPTY] = self._slot_seconds.get(EMPTY, 0.0) + elapsed
         free = max(0, self.capacity - len(self._episodes) + self._evaluations)
         total = free + len(self._episodes)
         for doing, count in self._counts.items():

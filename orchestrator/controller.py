@@ -7,7 +7,9 @@ loop                consumes                             produces               
 ``publish``         a version that the learner holds     engines that serve it, slots          staging and commits
 ``_pump``           pacing room, free workers            groups opened and assigned            nothing
 ``episodes_ended``  reports of the workers               failure verdicts, evaluations         nothing
-``_watch_stall``    signs of progress                    an error that names what is missing   ``run.stall_timeout_s``
+``_watch_stall``    signs of progress                    warnings, and an error, that name     ``run.stall_timeout_s``
+                                                         what everybody waits for
+``Pulses``          how every actor is                   accounts, the view                    an answer, a second
 ==================  ===================================  ====================================  =======================
 
 Tokens, weights and KV never pass through here.
@@ -25,10 +27,13 @@ from typing import Any
 import ray
 
 from env_pool.registry import TaskSource
+from experience.accounting import Cause
+from experience.books import clock, open_books
 from experience.entries import EventKind, InFlight, QueueEvent
 from experience.records import GroupHeader
 from experience.staleness import make_policy
 from experience.wire import decode, encode
+from orchestrator.accounting.accountant import accountant_of
 from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
@@ -36,12 +41,13 @@ from orchestrator.failures import FailureMonitor
 from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
 from orchestrator.progress import Progress
+from orchestrator.pulses import Pulses
 from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
-from orchestrator.stall import describe_stall
 from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
+from orchestrator.watchdog import Parts, Watchdog
 from rollout_workers.assignments import Assignment, EpisodeReport
 
 logger = logging.getLogger(__name__)
@@ -117,6 +123,22 @@ class Controller:
         self._pump_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._began_training = False
+        books = open_books("controller-0", self._run.timeline, replaces=False)
+        self._account = books.account()
+        self._publishing: tuple[int, float] | None = None
+        self._accountant = accountant_of(config, clock())
+        self._pulses = Pulses(self._supervisor, self._accountant, books, self._situation)
+        parts = Parts(
+            supervisor=self._supervisor,
+            pulses=self._pulses,
+            dispatcher=self._dispatcher,
+            fleet=self._fleet,
+            workers=self._workers,
+            groups_per_update=config.rollout.groups_per_update,
+            publishing=lambda: self._publishing,
+            situation=lambda: (self.progress.phase, self._evaluations.running),
+        )
+        self._watchdog = Watchdog(config.run, parts, self.progress.event)
 
     # The course of a run
 
@@ -149,7 +171,7 @@ class Controller:
 
     async def snapshot(self) -> dict[str, Any]:
         """What the terminal view shows (a `Snapshot` as a dictionary)."""
-        return self.progress.snapshot(self._supervisor, self._fleet, self._dispatcher)
+        return self.progress.snapshot(self._supervisor, self._pulses.live, self._dispatcher)
 
     async def interrupt(self) -> None:
         """Ctrl-C: end the run, keep what can be resumed."""
@@ -158,19 +180,20 @@ class Controller:
         )
 
     async def _course(self) -> None:
-        self.progress.phase("starting")
+        self.progress.phase = "starting"
+        self._keep(self._pulses.watch())
         await self._start_actors()
         self._keep(self._queue_events())
         self._keep(self._watch_stall())
-        self._keep(self.progress.watch(self._supervisor))
         await self._committed(self._plan.version)
-        self.progress.phase("training")
+        self.progress.phase = "training"
+        self._account.switch(Cause.IDLE, clock())
         self._began_training = True
         await self._pump()
         nodes = [await handle.node.remote() for handle in self._supervisor.handles("engine")]
         learner, queue = self._one("learner"), self._one("queue")
         await learner.run.remote(queue, self._controller, nodes)
-        self.progress.phase("evaluating")
+        self.progress.phase = "evaluating"
         await self._evaluations.finished()
         await self._committed(self._config.run.steps)
         await self._evaluations.finished()
@@ -204,7 +227,10 @@ class Controller:
             except Exception:
                 logger.exception("the queue did not give its ledger")
         first = await self._first_token_at()
-        return self.progress.finish(status, error, ledger, first, self._supervisor.replaced)
+        await self._pulses.ask_all()
+        return self.progress.finish(
+            status, error, ledger, first, self._supervisor.replaced, self._accountant, self._watchdog.stalls
+        )
 
     async def _first_token_at(self) -> float | None:
         times = []
@@ -382,7 +408,7 @@ class Controller:
             if cancelled:
                 await self._tell_workers("cancel", cancelled)
             if events:
-                self.progress.touch()
+                self._watchdog.touch()
                 await self._pump()
 
     # Calls from the workers
@@ -391,6 +417,7 @@ class Controller:
         """Reports of finished and failed episodes."""
         for report in decode(reports, list[EpisodeReport]):
             self.progress.episode(report)
+            self._watchdog.episode(report.seconds)
             if report.reason is not None:
                 self._failures.episode_failed(report.reason, report.cause or report.reason)
             else:
@@ -405,12 +432,23 @@ class Controller:
 
     async def publish(self, version: int) -> None:
         """The learner holds ``version``: bring it to the engines. Returns when they serve it."""
-        await self._fleet.publish(version)
+        self._publishing = (version, time.monotonic())
+        self._account.switch(Cause.WEIGHT_STALL, clock())
+        try:
+            await self._fleet.publish(version)
+        finally:
+            self._publishing = None
+            self._account.switch(Cause.IDLE, clock())
+
+    def _situation(self) -> tuple[bool, float]:
+        """Whether the run trains, and seconds spent publishing so far."""
+        return self.progress.phase == "training", self._account.seconds(clock()).get(Cause.WEIGHT_STALL, 0.0)
 
     async def step_done(self, version: int, metrics: dict[str, float]) -> None:
         """A step is trained; ``metrics`` are the learner's."""
         ledger = await self._one("queue").ledger.remote()
-        self.progress.step(version, metrics, ledger, self._dispatcher)
+        self._watchdog.trained()
+        self.progress.step(version, metrics, ledger, self._dispatcher, self._accountant)
 
     async def checkpoint_extra(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the learner's state."""
@@ -452,20 +490,14 @@ class Controller:
             self.progress.event(skipped)
 
     async def _evaluation_done(self, result: dict[str, Any]) -> None:
+        self._watchdog.touch()
         self.progress.evaluation(result)
         await self._pump()
 
     # Stalls
 
     async def _watch_stall(self) -> None:
-        limit = self._config.run.stall_timeout_s
-        while True:
-            idle = time.monotonic() - self.progress.touched_at
-            if idle >= limit:
-                raise RunFailed(
-                    await describe_stall(idle, self._config, self.progress, self._dispatcher, self._supervisor)
-                )
-            await asyncio.sleep(max(0.05, limit - idle))
+        raise RunFailed(await self._watchdog.run())
 
 
 def cause_of(error: BaseException) -> str:

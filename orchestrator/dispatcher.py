@@ -82,9 +82,13 @@ class Dispatcher:
 
     def oldest_in_flight(self, count: int) -> list[str]:
         """The groups that were started first and are not finished, with their worker: for messages."""
+        return [f"{group} on {worker}" for group, worker in self.oldest(count)]
+
+    def oldest(self, count: int) -> list[tuple[str, str]]:
+        """The groups that were started first and are not finished, with their worker."""
         headers = [header for worker in self._workers.values() for header in worker.groups.values()] + self._orphans
         headers.sort(key=lambda header: header.index)
-        return [f"{header.group_id} on {self._home.get(header.group_id, 'no worker')}" for header in headers[:count]]
+        return [(header.group_id, self._home.get(header.group_id, "no worker")) for header in headers[:count]]
 
     def worker_of(self, group_id: str) -> str | None:
         return self._home.get(group_id)

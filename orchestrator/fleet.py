@@ -58,6 +58,11 @@ class Fleet:
     def state(self, name: str) -> str:
         return str(self.membership.get(name).state.value)
 
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Engines that a publication under way waits for."""
+        return self._publication.awaited
+
     async def join(self, name: str, handle: Any, version: int) -> None:
         """Bring an engine that holds ``version`` (from disk) into service, with the current weights."""
         self.membership.join(name)

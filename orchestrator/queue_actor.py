@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experience.accounting import Cause
+from experience.books import clock, process_books
 from experience.config import QueueConfig, QueueTransport, StalenessConfig
 from experience.entries import Added, EpisodeEntry, EventKind, InFlight, LeasedGroup, QueueEvent
 from experience.journal import Journal, JournalError
@@ -67,6 +69,7 @@ class QueueActor:
         self._writing: asyncio.Task[None] | None = None
         self._delivered: dict[str, tuple[int, list[LeasedGroup]]] = {}
         self._ended = asyncio.Event()
+        self._account = process_books().account()
 
     @property
     def queue(self) -> ExperienceQueue:
@@ -86,6 +89,7 @@ class QueueActor:
         await self._changed()
         if self._config.transport is QueueTransport.socket:
             self._endpoint = await self._server.start(own_address())
+        self._account.switch(Cause.IDLE, clock())
         in_flight: list[InFlight] = self.queue.in_flight()
         return encode(in_flight)
 
@@ -163,8 +167,10 @@ class QueueActor:
                 break
             # Asking may have dropped groups, and a consumer that lacks groups makes room for refused producers.
             self._tell()
+            self._account.switch(Cause.QUEUE_EMPTY, clock())
             if not await self._ready.wait(left):
                 break
+        self._account.switch(Cause.IDLE, clock())
         self._tell()
         return leased
 

@@ -158,11 +158,8 @@ class RolloutWorkerActor:
         return encode(self.worker.stats())
 
     def slot_seconds(self) -> dict[str, float]:
-        """Slot-seconds by what the episodes do (see `experience.slots`), and ``capacity``."""
-        if self._worker is None:
-            return {}
-        slots = self._worker.slots
-        return {**slots.slot_seconds(clock()), "capacity": slots.capacity}
+        """Slot-seconds by what the episodes do, see `experience.slots`."""
+        return {} if self._worker is None else self._worker.slots.slot_seconds(clock())
 
     async def waits(self, groups: list[str], limit: int) -> list[Wait]:
         """The episodes that have been in one state for longest, those of ``groups`` first."""

@@ -73,6 +73,12 @@ class Publication:
         """Who still takes part in the publication in flight."""
         return tuple(self._members)
 
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Members that have not staged yet, or (in the commit phase) not committed."""
+        done = self._committed if self.phase is Phase.COMMIT else self._staged
+        return tuple(member for member in self._members if member not in done)
+
     def offer(self, version: int) -> None:
         """The learner has a newer version. Raises TransitionError if it is not newer than all before."""
         newest = max(v for v in (self.current, self.version, self.waiting) if v is not None)

@@ -1,0 +1,1 @@
+"""Why an accelerator was idle: attribution, the words for it, and the trace of a run."""

@@ -1,0 +1,111 @@
+"""Asks every actor how it is, twice a second: for the view, for the accounts, and to notice who does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experience.books import Books, clock
+from experience.wire import decode
+from orchestrator.accounting.accountant import Accountant
+from orchestrator.actor_shell import Pulse
+from orchestrator.supervisor import Actor, Supervisor, first_line
+from rollout_workers.assignments import WorkerStats
+from rollout_workers.engines.protocol import EngineHealth
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 0.5
+ANSWER_S = 1.0
+"""How long an actor has to answer before the round goes on without it."""
+
+
+class Pulses:
+    """``own`` are the controller's books; ``situation()`` says whether the run trains and how many seconds were spent
+    publishing so far."""
+
+    def __init__(
+        self, supervisor: Supervisor, accountant: Accountant, own: Books, situation: Callable[[], tuple[bool, float]]
+    ) -> None:
+        self._supervisor = supervisor
+        self._accountant = accountant
+        self._own = own
+        self._situation = situation
+        self._published_s = 0.0
+        self._asked_in_vain: dict[str, float] = {}
+        self.live: dict[str, dict[str, Any]] = {}
+        """The last answer of each actor, in the words of the view."""
+
+    async def watch(self) -> None:
+        """For ever: ask, and account for what was told."""
+        while True:
+            await self.ask_all()
+            await asyncio.sleep(EVERY_S)
+
+    async def ask_all(self) -> None:
+        """One round; an actor that does not answer in time is left out of it."""
+        actors = list(self._supervisor.actors.values())
+        answers = await asyncio.gather(*(self._ask(actor) for actor in actors))
+        for actor, pulse in zip(actors, answers, strict=True):
+            if pulse is not None:
+                self._accountant.pulse(actor.name, actor.attempt, pulse.accounts, pulse.slots, pulse.cpu_s)
+        names = {actor.name for actor in actors}
+        self.live = {name: answer for name, answer in self.live.items() if name in names}
+        self._accountant.pulse(self._own.actor, 0, self._own.totals(clock()), {}, time.process_time())
+        training, published_s = self._situation()
+        workers = [actor for actor in actors if actor.role.name == "worker"]
+        missing = sum(actor.state != "serving" for actor in workers) / len(workers) if workers else 0.0
+        self._accountant.close_window(clock(), training, published_s - self._published_s, missing)
+        self._published_s = published_s
+
+    def silent(self, least_s: float) -> dict[str, float]:
+        """Actors that have not answered for that long at least, with the seconds."""
+        now = time.monotonic()
+        return {name: now - at for name, at in self._asked_in_vain.items() if now - at >= least_s}
+
+    async def _ask(self, actor: Actor) -> Pulse | None:
+        name = actor.name
+        asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                pulse: Pulse = await actor.handle.pulse.remote()
+        except TimeoutError:
+            if actor.state == "serving":
+                self._asked_in_vain.setdefault(name, asked_at)
+            return None
+        except Exception as error:  # noqa: BLE001 - a dead actor is the supervisor's business
+            logger.debug("%s did not say how it is: %s", name, first_line(error))
+            self.live.pop(name, None)
+            self._asked_in_vain.pop(name, None)
+            return None
+        self._asked_in_vain.pop(name, None)
+        self.live[name] = _described(actor.role.name, pulse.answer)
+        return pulse
+
+
+def _described(role: str, answer: Any) -> dict[str, Any]:
+    """An actor's answer in the words of the view."""
+    if role == "engine":
+        health = decode(answer, EngineHealth)
+        return {
+            "version": health.version,
+            "running": health.running,
+            "waiting": health.waiting,
+            "kv_used": health.kv_used,
+            "generated_tokens": health.generated_tokens,
+        }
+    if role == "worker":
+        stats = decode(answer, WorkerStats)
+        return {
+            "episodes": stats.running,
+            "queued": stats.queued,
+            "generating": stats.generating,
+            "in_environment": stats.in_environment,
+            "in_reward": stats.in_reward,
+            "finished": stats.finished,
+            "failed": stats.failed,
+        }
+    return dict(answer)
