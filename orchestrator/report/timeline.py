@@ -71,6 +71,7 @@ def make_timeline(spans: Sequence[Span], *, bins: int = BINS) -> Timeline | None
         # A lane is one cause at a time; rounding and a restarted actor's overlap must not fill more than the bin.
         whole = np.maximum(grid.sum(axis=1, keepdims=True), clock.length / bins)
         grid /= whole
+    seconds = {role: seconds[role] for role in sorted(seconds, key=_place)}
     counts = {role: sum(role_of(lane) == role for lane in lanes) for role in seconds}
     return Timeline(_rows(lanes, counts), edges, clock.cuts, seconds, counts)
 
@@ -114,7 +115,7 @@ def _spread(column: npt.NDArray[np.float64], began: float, ended: float, width: 
 
 def _rows(lanes: dict[str, npt.NDArray[np.float64]], counts: dict[str, int]) -> list[Row]:
     rows = []
-    for role in sorted(counts, key=lambda role: (ROLES.index(role) if role in ROLES else len(ROLES), role)):
+    for role in counts:
         names = sorted((lane for lane in lanes if role_of(lane) == role), key=_natural)
         if len(names) > MAX_LANES_OF_A_ROLE:
             mean = np.mean([lanes[name] for name in names], axis=0)
@@ -122,6 +123,10 @@ def _rows(lanes: dict[str, npt.NDArray[np.float64]], counts: dict[str, int]) -> 
             names = names[:SHOWN_OF_MANY]
         rows += [Row(name, lanes[name]) for name in names]
     return rows
+
+
+def _place(role: str) -> tuple[int, str]:
+    return (ROLES.index(role) if role in ROLES else len(ROLES), role)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

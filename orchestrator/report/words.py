@@ -168,13 +168,17 @@ def _trouble(facts: Facts, survey: Survey) -> list[Sentence]:
     failed = survey.given_up.total()
     if failed:
         reasons = ", ".join(f"{reason} {count}" for reason, count in survey.given_up.most_common(4))
-        sentences.append(Sentence("warn", f"{failed} episodes were given up ({reasons})."))
+        sentences.append(Sentence("warn", f"{_many(failed, 'episode')} given up ({reasons})."))
     replaced = (facts.summary or {}).get("actors_replaced")
     if replaced:
-        sentences.append(Sentence("warn", f"{replaced} actors died or were stuck, and were replaced."))
+        sentences.append(Sentence("warn", f"{_many(replaced, 'actor')} died or got stuck, replaced by new ones."))
     stalls: list[Any] = (facts.summary or {}).get("stalls") or []
     if stalls:
-        sentences.append(Sentence("warn", f"The watchdog noticed {len(stalls)} stalls; they are listed below."))
+        sentences.append(Sentence("warn", f"The watchdog noticed {_many(len(stalls), 'stall')}; see below."))
     if len(facts.attempts) > 1:
         sentences.append(Sentence("plain", f"The run was started {len(facts.attempts)} times (resumed)."))
     return sentences
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
