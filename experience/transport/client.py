@@ -229,7 +229,7 @@ class QueueProducer(_Client):
 
         Raises `QueueCallError` when the queue cannot take them (a full disk), or what the fallback raises.
         """
-        channel = await self._open()
+        channel = await self._open() if entries else None
         if channel is not None:
             try:
                 return await channel.add(entries)
