@@ -10,6 +10,7 @@ BENCHMARKS = {
     "engine": "benchmarks.engine:engine",
     "learn": "benchmarks.learn:learn",
     "peer": "benchmarks.peer_trl:peer",
+    "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }
 
 
