@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from experience.accounting import Cause
 from experience.books import clock, open_books
+from orchestrator.run_directory import RunDirectory
+from orchestrator.vitals_taker import vitals_taken
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,18 @@ def logged(kind: type) -> type:
 
     class Logged(kind, Lifecycle):  # type: ignore[misc]
         def __init__(self, identity: Identity, *arguments: Any) -> None:
-            from orchestrator.run_directory import RunDirectory
             from orchestrator.telemetry import setup_actor_logging
 
             setup_actor_logging(identity.run_directory, identity.actor, identity.attempt, secrets=identity.secrets)
             self._books = open_books(
                 identity.actor, RunDirectory(Path(identity.run_directory)).timeline, identity.replaces
             )
+            self._identity = identity
             super().__init__(*arguments)
+
+        async def alive(self) -> None:
+            async with vitals_taken(RunDirectory(Path(self._identity.run_directory)).vitals, self._identity.actor):
+                await super().alive()
 
         async def pulse(self) -> Pulse:
             """How the actor is (its `health` or `stats`), and where its seconds went."""

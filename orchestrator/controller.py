@@ -47,6 +47,7 @@ from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
+from orchestrator.vitals_taker import vitals_taken
 from orchestrator.watchdog import Parts, Watchdog
 from rollout_workers.assignments import Assignment, EpisodeReport
 
@@ -148,7 +149,8 @@ class Controller:
         self._fatal = asyncio.get_running_loop().create_future()
         work = asyncio.create_task(self._course())
         try:
-            await asyncio.wait({work, self._fatal}, return_when=asyncio.FIRST_COMPLETED)
+            async with vitals_taken(self._run.vitals, "controller"):
+                await asyncio.wait({work, self._fatal}, return_when=asyncio.FIRST_COMPLETED)
             if self._fatal.done():
                 self._fatal.result()
             await work
@@ -377,9 +379,10 @@ class Controller:
 
     async def _assign(self, groups: list[tuple[str, GroupHeader]]) -> None:
         by_worker: dict[str, list[Assignment]] = {}
+        opened_at = time.time()
         for worker, header in groups:
             members = self._missing.pop(header.group_id, list(range(header.size)))
-            by_worker.setdefault(worker, []).append(Assignment(header=header, members=members))
+            by_worker.setdefault(worker, []).append(Assignment(header=header, members=members, opened_at=opened_at))
         await self._send(by_worker)
 
     async def _send(self, by_worker: dict[str, list[Assignment]]) -> None:

@@ -12,6 +12,7 @@
     model/               the model a recipe made (absent when model.path is set)
     logs/                ACTOR-ATTEMPT.log
     workload/            WORKER.jsonl: what each delivered episode did, to be replayed (see env_pool.workloads)
+    vitals/              ACTOR.jsonl: how promptly each actor acts (see experience.vitals)
     timeline/            ACTOR.jsonl: where each actor's seconds went
     summary.json         written at the end, and at every evaluation
     attempts.jsonl       one line for each start: train, resume, ...
@@ -133,6 +134,11 @@ class RunDirectory:
     def timeline(self) -> Path:
         """Spans of every actor, see `experience.accounting.read_timeline`."""
         return self.path / "timeline"
+
+    @property
+    def vitals(self) -> Path:
+        """How late event loops were, how long dispatches took: see `experience.vitals`."""
+        return self.path / "vitals"
 
     @property
     def workload(self) -> Path:

@@ -24,6 +24,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """Generate with exactly this version (evaluation)."""
     collection: str = ""
     """Under which name an evaluation keeps its trajectories."""
+    opened_at: float | None = None
+    """When the group was opened (Unix seconds)."""
 
 
 class EpisodeReport(msgspec.Struct, frozen=True, kw_only=True):

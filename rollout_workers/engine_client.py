@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from experience.vitals import SUBMIT, process_vitals
 from experience.wire import decode, encode
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
@@ -49,6 +51,7 @@ class _Pending:
     future: asyncio.Future[TokenChunk]
     chunks: list[TokenChunk] = field(default_factory=list)
     engine: str = ""
+    asked_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -240,6 +243,7 @@ class EngineClient:
                 client=self.client, requests=engine.requests, releases=engine.releases, aborts=engine.aborts
             )
             engine.requests, engine.releases, engine.aborts = [], [], []
+            self._observe(batch.requests)
             try:
                 await engine.handle.submit(encode(batch))
             except asyncio.CancelledError:
@@ -247,6 +251,14 @@ class EngineClient:
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, the engine is unusable
                 self.remove_engine(name, error)
                 return
+
+    def _observe(self, requests: list[GenerateRequest]) -> None:
+        """Note how long new requests waited for the submission before theirs (continued ones are not new)."""
+        vitals, now = process_vitals(), time.monotonic()
+        for request in requests:
+            pending = self._pending.get(request.request_id)
+            if pending is not None and pending.request is request:
+                vitals.observe(SUBMIT, now - pending.asked_at)
 
     async def _receive(self, name: str, engine: _Engine) -> None:
         while True:

@@ -15,6 +15,7 @@ from typing import Any
 
 from env_pool.environment import Observation, StepResult
 from experience.records import Task
+from experience.vitals import DISPATCH, TURNS, process_vitals
 from rollout_workers.chat import CONTEXT_OF_DECODING, Message
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
@@ -221,6 +222,9 @@ class Episode:
             chunk, began_at, ended_at = recorded.chunk(), recorded.began_at, recorded.ended_at
         else:
             began_at = context.clock()
+            if context.opened_at is not None:
+                process_vitals().observe(DISPATCH, began_at - context.opened_at)
+                context.opened_at = None
             chunk = await context.generator.generate(
                 GenerateRequest(
                     request_id=f"{context.session_of(self._builder)}@{len(self._builder)}",
@@ -237,6 +241,7 @@ class Episode:
             )
             ended_at = context.clock()
             context.generate_s += ended_at - began_at
+            process_vitals().count(TURNS)
         if chunk.finish_reason is not FinishReason.ERROR:
             context.record(self._generation_record(chunk, began_at, ended_at))
             self._builder.append_generation(chunk, began_at, ended_at)

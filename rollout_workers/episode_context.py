@@ -60,6 +60,8 @@ class EpisodeContext:
     """Whether recorded environment calls may be repeated on a fresh instance."""
     pinned_version: int | None = None
     member: int = 0
+    opened_at: float | None = None
+    """When the group was opened, by ``clock``."""
     builders: list[TrajectoryBuilder] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
     final_text: str = ""

@@ -48,7 +48,8 @@ class TrajectoryBuilder:
     @property
     def tokens(self) -> list[int]:
         """A copy of all tokens so far."""
-        return self._tokens[: self._length].tolist()
+        tokens: list[int] = self._tokens[: self._length].tolist()
+        return tokens
 
     def prompt(self) -> npt.NDArray[np.int32]:
         """All tokens so far, the context of the next generation: a view that later tokens do not change."""
@@ -59,7 +60,8 @@ class TrajectoryBuilder:
     def tail(self, count: int, before: int = 0) -> list[int]:
         """At most ``count`` tokens, the last ones of those that stand before the last ``before``."""
         end = self._length - before
-        return self._tokens[max(0, end - count) : end].tolist()
+        tokens: list[int] = self._tokens[max(0, end - count) : end].tolist()
+        return tokens
 
     def append_context(self, tokens: Sequence[int], role: str, at: float) -> None:
         """Add tokens that no engine sampled (``role`` is ``prompt`` or ``observation``)."""

@@ -233,6 +233,7 @@ class RolloutWorker:
             deterministic_environment=load_environment(header.task.environment).deterministic,
             pinned_version=assignment.pinned_version,
             member=member,
+            opened_at=assignment.opened_at if attempt == 0 else None,
         )
 
     def _record(self, record: StepRecord) -> None:
