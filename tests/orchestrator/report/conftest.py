@@ -125,6 +125,17 @@ def write_timeline(run: RunDirectory) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
+    """`make_run` for a test that changes it."""
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """`make_run` for tests that only read it."""
+    return make_run(tmp_path_factory.mktemp("report"))
+
+
+def make_run(tmp_path: Path) -> RunDirectory:
     """A finished run of twelve steps with everything a report can show."""
     config = load(["quickstart"], [f"run.steps={STEPS}", f"staleness.max_lag={MAX_LAG}", "seed=7"])
     run = RunDirectory.create(tmp_path / "a <run>", to_yaml(config))

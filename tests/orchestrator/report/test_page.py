@@ -57,6 +57,13 @@ class Opened:
     def text(self, selector: str) -> str:
         return self.page.inner_text(selector)
 
+    def start_over(self) -> None:
+        """As after loading, the filters empty."""
+        self.page.set_viewport_size({"width": 1200, "height": 800})
+        self.page.emulate_media(media="screen", color_scheme="light")
+        self.page.click("#filters button[type=reset]")
+        self.page.check("#mode-kind")
+
 
 def write(run: RunDirectory) -> Path:
     result = CliRunner().invoke(main, ["report", str(run.path)])
@@ -64,10 +71,23 @@ def write(run: RunDirectory) -> Path:
     return run.path / "report.html"
 
 
+@pytest.fixture(scope="module")
+def loaded(finished: RunDirectory, browser: Browser) -> Iterator[Opened]:
+    """The page of a finished run; loading takes seconds on a small machine, so tests share it."""
+    opened = Opened(browser, write(finished))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def opened(loaded: Opened) -> Opened:
+    loaded.start_over()
+    return loaded
+
+
 @needs_browser
-def test_the_page_tells_the_numbers_of_the_summary(run: RunDirectory, browser: Browser) -> None:
-    opened = Opened(browser, write(run))
-    summary = json.loads(run.summary.read_text())
+def test_the_page_tells_the_numbers_of_the_summary(finished: RunDirectory, opened: Opened) -> None:
+    summary = json.loads(finished.summary.read_text())
     assert opened.text("#status") == summary["status"]
     assert opened.text("#tile-tokens-generated") == f"{summary['tokens']['generated']:,}"
     assert opened.text("#tile-tokens-trained") == f"{summary['tokens']['trained']:,}"
@@ -96,12 +116,10 @@ def test_the_page_tells_the_numbers_of_the_summary(run: RunDirectory, browser: B
         "ledger",
     ):
         assert opened.page.locator(f"#f-{name} .main-svg").count() > 0, name
-    opened.close()
 
 
 @needs_browser
-def test_the_trajectory_browser_works_by_click_and_keyboard(run: RunDirectory, browser: Browser) -> None:
-    opened = Opened(browser, write(run))
+def test_the_trajectory_browser_works_by_click_and_keyboard(opened: Opened) -> None:
     page = opened.page
     rows = page.locator("#list [role=option]")
     total = rows.count()
@@ -126,12 +144,10 @@ def test_the_trajectory_browser_works_by_click_and_keyboard(run: RunDirectory, b
     page.click("#filters button[type=reset]")
     page.wait_for_selector(f"#item-{total - 1}")
     assert rows.count() == total
-    opened.close()
 
 
 @needs_browser
-def test_filters_and_colours(run: RunDirectory, browser: Browser) -> None:
-    opened = Opened(browser, write(run))
+def test_filters_and_colours(opened: Opened) -> None:
     page = opened.page
     rows = page.locator("#list [role=option]")
     page.select_option("#filter-status", "dropped: stale")
@@ -153,38 +169,35 @@ def test_filters_and_colours(run: RunDirectory, browser: Browser) -> None:
     page.fill("#filter-to", "")
     page.click('#slowest a[data-open="g11-1"]')
     assert page.inner_text("#detail h3") == "g11-1/0"
-    opened.close()
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (1600, "dark")])
-def test_nothing_sticks_out(run: RunDirectory, browser: Browser, width: int, scheme: str) -> None:
-    opened = Opened(browser, write(run), width, scheme)
-    assert opened.page.evaluate("() => document.documentElement.scrollWidth") <= width
-    light = opened.page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_sticks_out(opened: Opened, width: int, scheme: Any) -> None:
+    page = opened.page
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    light = page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light == (scheme == "light")
-    opened.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
-    opened.page.emulate_media(media="print")
-    assert not opened.page.is_visible("nav")
-    opened.close()
+    page.emulate_media(media="print")
+    assert not page.is_visible("nav")
 
 
 @needs_browser
-def test_hostile_text_stays_text(run: RunDirectory, browser: Browser) -> None:
+def test_hostile_text_stays_text(finished: RunDirectory, opened: Opened) -> None:
     """The observations of the run hold a script, the end of a script element, a comment and an image that fails."""
-    path = write(run)
-    opened = Opened(browser, path)
+    path = finished.path / "report.html"
     opened.page.fill("#filter-text", "g5-0")
     assert "<script>window.hacked=true</script></script><!--<img/src=x" in opened.text("#detail")
     assert opened.page.evaluate("() => typeof window.hacked") == "undefined"
     assert opened.page.locator("main img, main script, main b").count() == 0
-    opened.close()
     assert "<script>window.hacked" not in path.read_text(encoding="utf-8")
 
 
 @needs_browser
-def test_headings_labels_and_captions_are_there_for_those_who_do_not_see(run: RunDirectory, browser: Browser) -> None:
-    opened = Opened(browser, write(run))
+def test_headings_labels_and_captions_are_there_for_those_who_do_not_see(opened: Opened) -> None:
     page = opened.page
     assert page.locator("h1").count() == 1
     assert page.locator("section").count() == page.locator("section > h2").count() == 8
@@ -193,7 +206,6 @@ def test_headings_labels_and_captions_are_there_for_those_who_do_not_see(run: Ru
         assert len(plot.get_attribute("aria-label") or "") > 20
     unlabelled = "() => [...document.querySelectorAll('input, select')].filter(e => !e.labels.length).map(e => e.id)"
     assert page.evaluate(unlabelled) == []
-    opened.close()
 
 
 @needs_browser
