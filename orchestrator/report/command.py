@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,10 +37,9 @@ def make_report(run: RunDirectory, *, seed: int = 0) -> str:
 
 def idle_words(facts: Facts) -> list[str]:
     """Where the idle time of engines and learner went; nothing when the run kept no accounts."""
-    shares: Any = (facts.summary or {}).get("idle")
-    if not isinstance(shares, dict) or not shares:
+    if not facts.idle:
         return []
-    largest = sorted(((float(share), str(cause)) for cause, share in shares.items()), reverse=True)
+    largest = sorted(((share, cause) for cause, share in facts.idle.items()), reverse=True)
     parts = [f"{cause.replace('_', ' ')} {percent(share)}" for share, cause in largest if share >= 0.001]
     if not parts:
         return ["Engines and learner had work all the time."]

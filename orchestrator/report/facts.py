@@ -88,6 +88,23 @@ class Facts:
         began_at = self.attempts[-1].get("started_at") if self.attempts else None
         return None if began_at is None or self.last_sign_at is None else max(0.0, self.last_sign_at - began_at)
 
+    @property
+    def idle(self) -> dict[str, float]:
+        """Share of the accelerator-seconds of engines and learner by cause of idleness, as far as the run kept accounts."""
+        told = (self.summary or {}).get("idle")
+        if not isinstance(told, dict):
+            last = self.metrics[-1] if self.metrics else {}
+            told = {key.removeprefix("idle/"): share for key, share in last.items() if key.startswith("idle/")}
+        return {str(cause): float(share) for cause, share in told.items() if isinstance(share, int | float)}
+
+    @property
+    def accounts(self) -> dict[str, dict[str, float]]:
+        """Lane -> cause -> seconds, idle time explained; empty for a run without a summary."""
+        told = (self.summary or {}).get("accounting")
+        if not isinstance(told, dict):
+            return {}
+        return {str(lane): causes for lane, causes in told.items() if isinstance(causes, dict)}
+
     def setting(self, section: str, name: str) -> Any:
         """One value of the config, or None."""
         part = self.config.get(section)

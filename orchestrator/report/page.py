@@ -85,7 +85,7 @@ def render(content: Content) -> str:
         problems=[*facts.problems, *survey.problems, *content.embedded.problems, *_disagreements(facts, survey)],
         utilisation=picture,
         legend=_legend(content.timeline),
-        causes=[] if content.timeline is None else cause_table(content.timeline),
+        causes=cause_table(content.timeline, facts.accounts),
         idle_words=content.idle_words,
         stalls=_stalls((facts.summary or {}).get("stalls") or []),
         curves=curves,
@@ -240,7 +240,10 @@ def _stalls(stalls: Sequence[Any]) -> dict[str, Any]:
     """A table of whatever a stall says of itself; empty without stalls."""
     rows = [stall if isinstance(stall, dict) else {"stall": stall} for stall in stalls]
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]
+    cells = [
+        [moment(row[name]) if name.endswith("_at") and row.get(name) else _cell(row.get(name, "")) for name in columns]
+        for row in rows
+    ]
     return {"columns": [name.replace("_", " ") for name in columns], "rows": cells} if rows else {}
 
 

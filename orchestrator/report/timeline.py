@@ -71,7 +71,7 @@ def make_timeline(spans: Sequence[Span], *, bins: int = BINS) -> Timeline | None
         # A lane is one cause at a time; rounding and a restarted actor's overlap must not fill more than the bin.
         whole = np.maximum(grid.sum(axis=1, keepdims=True), clock.length / bins)
         grid /= whole
-    seconds = {role: seconds[role] for role in sorted(seconds, key=_place)}
+    seconds = {role: seconds[role] for role in sorted(seconds, key=place_of)}
     counts = {role: sum(role_of(lane) == role for lane in lanes) for role in seconds}
     return Timeline(_rows(lanes, counts), edges, clock.cuts, seconds, counts)
 
@@ -125,7 +125,8 @@ def _rows(lanes: dict[str, npt.NDArray[np.float64]], counts: dict[str, int]) -> 
     return rows
 
 
-def _place(role: str) -> tuple[int, str]:
+def place_of(role: str) -> tuple[int, str]:
+    """Sorts roles in the order in which they are shown."""
     return (ROLES.index(role) if role in ROLES else len(ROLES), role)
 
 

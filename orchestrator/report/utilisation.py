@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experience.accounting import Cause
 from orchestrator.report.figures import Figure, label, vertical
-from orchestrator.report.timeline import CAUSES, Timeline
+from orchestrator.report.timeline import CAUSES, Timeline, place_of, role_of
 from orchestrator.report.words import duration, percent
 
 COLOURS: dict[Cause, str] = {
@@ -101,14 +102,36 @@ def _role_in_words(timeline: Timeline, role: str) -> str:
     return f"{role}: " + ", ".join(f"{cause.value.replace('_', ' ')} {percent(spent, whole)}" for cause, spent in parts)
 
 
-def cause_table(timeline: Timeline) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """For each role its causes by size: (name, colour, seconds, share)."""
-    table = []
-    for role, seconds in timeline.seconds.items():
-        whole = sum(seconds.values())
-        rows = [
-            (cause.value.replace("_", " "), COLOURS[cause], duration(spent), percent(spent, whole))
-            for cause, spent in sorted(seconds.items(), key=lambda item: -item[1])
-        ]
-        table.append((f"{role} ({timeline.lanes[role]})" if timeline.lanes[role] > 1 else role, rows))
-    return table
+def cause_table(
+    timeline: Timeline | None, accounts: Mapping[str, Mapping[str, float]]
+) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """For each role its causes by size: (name, colour, seconds, share).
+
+    From the run's ``accounts`` (lane -> cause -> seconds, idle time explained); without them from the timeline.
+    """
+    roles: dict[str, dict[str, float]] = {}
+    lanes: Counter[str] = Counter()
+    for lane in sorted(accounts, key=lambda lane: place_of(role_of(lane))):
+        role = role_of(lane)
+        lanes[role] += 1
+        for cause, spent in accounts[lane].items():
+            roles.setdefault(role, {})[cause] = roles.get(role, {}).get(cause, 0.0) + spent
+    if not accounts and timeline is not None:
+        roles = {
+            role: {cause.value: spent for cause, spent in causes.items()} for role, causes in timeline.seconds.items()
+        }
+        lanes = Counter(timeline.lanes)
+    return [
+        (role if lanes[role] == 1 else f"{role} ({lanes[role]} lanes)", _cause_rows(causes))
+        for role, causes in roles.items()
+    ]
+
+
+def _cause_rows(causes: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    whole = sum(causes.values())
+    colours = {cause.value: colour for cause, colour in COLOURS.items()}
+    return [
+        (cause.replace("_", " "), colours.get(cause, COLOURS[Cause.IDLE]), duration(spent), percent(spent, whole))
+        for cause, spent in sorted(causes.items(), key=lambda item: -item[1])
+        if spent > 0
+    ]
