@@ -26,6 +26,7 @@ from orchestrator.report.utilisation import COLOURS, cause_table, utilisation
 from orchestrator.report.words import duration, moment, number, percent, verdict
 
 MAX_DOMAINS = 12
+MAX_PROBLEMS = 30
 SECTIONS = (
     ("verdict", "Verdict"),
     ("time", "Time"),
@@ -82,7 +83,7 @@ def render(content: Content) -> str:
         verdict=verdict(facts, survey),
         tones=TONES,
         tiles=_tiles(facts, survey),
-        problems=[*facts.problems, *survey.problems, *content.embedded.problems, *_disagreements(facts, survey)],
+        problems=_problems(content),
         utilisation=picture,
         legend=_legend(content.timeline),
         causes=cause_table(content.timeline, facts.accounts),
@@ -190,9 +191,10 @@ def _tiles(facts: Facts, survey: Survey) -> list[dict[str, str]]:
         note = f"{before['success']:.3f} at step {before['step']}" if after is not before else ""
         tiles.append(_tile("held-out success", f"{after['success']:.3f}", note))
     lag_mean, lag_max = summary.get("lag_mean"), summary.get("lag_max")
-    if lag_mean is None and survey.lags:
-        lag_mean = sum(lag * count for lag, count in survey.lags.items()) / survey.lags.total()
-        lag_max = max(survey.lags)
+    young = {lag: count for lag, count in survey.lags.items() if facts.max_lag is None or lag <= facts.max_lag}
+    if lag_mean is None and young:  # as the summary counts it: tokens that carried loss
+        lag_mean = sum(lag * count for lag, count in young.items()) / sum(young.values())
+        lag_max = max(young)
     if lag_mean is not None:
         tiles.append(_tile("lag, mean", f"{lag_mean:.2f}", f"largest {lag_max}, bound {facts.max_lag}"))
     tiles += [
@@ -214,6 +216,13 @@ def _tile(name: str, value: str, note: str = "") -> dict[str, str]:
         "note": note,
         "id": "tile-" + "".join(c if c.isalnum() else "-" for c in name),
     }
+
+
+def _problems(content: Content) -> list[str]:
+    facts, survey = content.facts, content.survey
+    found = [*facts.problems, *survey.problems, *content.embedded.problems, *_disagreements(facts, survey)]
+    more = len(found) - MAX_PROBLEMS
+    return found if more <= 0 else [*found[:MAX_PROBLEMS], f"and {more} more"]
 
 
 def _disagreements(facts: Facts, survey: Survey) -> list[str]:
