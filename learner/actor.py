@@ -26,6 +26,7 @@ from experience.accounting import Cause
 from experience.books import clock, process_books
 from experience.transport.client import QueueConsumer, consumer_for
 from learner.config import LearnerConfig, ModelConfig
+from learner.training_lane import TrainingLane
 from weight_sync.config import WeightsConfig
 
 logger = logging.getLogger(__name__)
@@ -203,12 +204,16 @@ class LearnerActor:
         if settings.learner.backend == "synthetic":
             from learner.synthetic import SyntheticLearner
 
-            return SyntheticLearner(
+            learner = SyntheticLearner(
                 settings.learner,
                 max_lag=settings.max_lag,
                 keep_checkpoints=settings.keep_checkpoints,
                 time_shared=settings.time_shared,
+                clock=clock,
             )
+            lane = TrainingLane(self._account, learner.training.take_spans)
+            process_books().adopt(lane, self._account.began_at)
+            return learner
         from learner.learner import Learner
 
         return Learner(

@@ -73,7 +73,7 @@ class EngineActor:
         if self._config.kind == "synthetic":
             from rollout_workers.engines.synthetic.driver import build_driver
 
-            return build_driver(self._config, path, version, lane=self.name)
+            return build_driver(self._config, path, version, lane=process_books().actor)
         from rollout_workers.engines.torch_engine import build_engine
 
         return build_engine(self._config, path, dtype, threads, version)
