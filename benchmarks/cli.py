@@ -7,9 +7,11 @@ import importlib
 import click
 
 BENCHMARKS = {
+    "control-plane": "benchmarks.control_plane.command:control_plane",
     "engine": "benchmarks.engine:engine",
     "learn": "benchmarks.learn:learn",
     "peer": "benchmarks.peer_trl:peer",
+    "queue": "benchmarks.queue.command:queue",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -318,6 +319,5 @@ class Bell:
 
 def own_address() -> str:
     """The address under which this machine is known in the Ray cluster; empty outside of one."""
-    import ray
-
-    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else ""
+    ray = sys.modules.get("ray")  # outside of a cluster it need not even be installed
+    return str(ray.util.get_node_ip_address()) if ray is not None and ray.is_initialized() else ""

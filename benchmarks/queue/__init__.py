@@ -1,0 +1,1 @@
+"""`millrace bench queue`: how fast episodes go into the queue and groups come out, beside other queues."""
