@@ -70,17 +70,7 @@ def lag_histogram(survey: Survey, max_lag: int | None) -> Figure | None:
         "yaxis": {"title": {"text": "% of sampled tokens"}, "rangemode": "tozero"},
     }
     if max_lag is not None:
-        layout["shapes"] = [vertical(max_lag + 0.5, "dash")]
-        layout["annotations"] = [
-            {
-                "x": max_lag + 0.5,
-                "y": 1,
-                "yref": "paper",
-                "text": f"bound {max_lag}",
-                "showarrow": False,
-                "xanchor": "right",
-            }
-        ]
+        data.append(_bound([max_lag + 0.5] * 2, [0, max(shares)], max_lag))
     common = survey.lags.most_common(1)[0][0]
     masked = sum(count for lag, count in survey.lags.items() if lag > bound)
     alt = (
@@ -89,6 +79,19 @@ def lag_histogram(survey: Survey, max_lag: int | None) -> Figure | None:
         + "."
     )
     return Figure("lag", "Lag of tokens against the bound", alt, data, layout)
+
+
+def _bound(x: list[float], y: list[float], max_lag: int) -> dict[str, Any]:
+    line = {"dash": "dash", "width": 1.5, "color": RED}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": f"bound {max_lag}",
+        "x": x,
+        "y": y,
+        "line": line,
+        "hoverinfo": "skip",
+    }
 
 
 def _bar(name: str, x: Sequence[Any], y: Sequence[float], colour: str) -> dict[str, Any]:
@@ -260,17 +263,8 @@ def lag_by_step(facts: Facts) -> Figure | None:
     data = _line(facts, "lag/mean", "mean lag", BLUE) + _line(facts, "lag/max", "largest lag trained", GREY)
     figure = _curve("lag-by-step", "Lag", data, "versions", rangemode="tozero")
     if figure is not None and facts.max_lag is not None:
-        line = {"dash": "dash", "width": 1.5, "color": RED}
-        bound = {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": facts.max_lag,
-            "y1": facts.max_lag,
-            "line": line,
-        }
-        figure.layout["shapes"] = [bound]
+        steps = figure.data[0]["x"]
+        figure.data.append(_bound([steps[0], steps[-1]], [facts.max_lag] * 2, facts.max_lag))
     return figure
 
 
@@ -332,6 +326,7 @@ def ledger(survey: Survey) -> Figure | None:
         )
     layout = {
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "xaxis": {"title": {"text": "%"}, "range": [0, 100]},
         "yaxis": {"showgrid": False},
     }
