@@ -1,0 +1,1 @@
+"""`millrace bench control-plane`: what thousands of concurrent episodes cost the processes that run them."""
