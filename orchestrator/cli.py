@@ -8,17 +8,19 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 
+from orchestrator.accounting.command import trace_command
 from orchestrator.announce import Announcer
 from orchestrator.composition import packaged_names
 from orchestrator.config import Config, ConfigError, load, to_yaml
 from orchestrator.model_files import check_model
-from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.report.command import report_command
+from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.show import show_command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,6 +168,45 @@ def plan_command(config: tuple[str, ...]) -> None:
     Console().print(plan.render(plan.make_plan(settings)))
 
 
+@main.command("simulate")
+@click.argument("config", nargs=-1)
+@click.option("--modes", default="", help="Comma-separated: sync,one_step,async (default: the configuration's).")
+@click.option("--mean-field", is_flag=True, help="Aggregate accelerators and turns, for tens of thousands of episodes.")
+@click.option(
+    "--skip", type=int, default=None, help="Steps left out at the beginning (default: until the pipeline is full)."
+)
+@click.option(
+    "--engine-restart", default=60.0, show_default=True, help="Suite fault: modelled seconds to replace an engine."
+)
+@click.option(
+    "--published", is_flag=True, help="The published systems that the simulator is compared with; takes no CONFIG."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to a file."
+)
+@_guarded
+def simulate_command(
+    config: tuple[str, ...],
+    modes: str,
+    mean_field: bool,
+    skip: int | None,
+    engine_restart: float,
+    published: bool,
+    json_path: Path | None,
+) -> None:
+    """Simulate a run of a modelled cluster (a `synthetic` configuration) in seconds, with the run's own decisions."""
+    from orchestrator.simulator import command
+
+    if published:
+        if config:
+            raise ConfigError("--published takes no CONFIG: the systems' settings are its own")
+        command.run_published(json_path)
+        return
+    settings = _load(config)
+    options = command.default_options(settings, mean_field, engine_restart)
+    command.run_simulation(settings, command.modes_of(modes, settings), options, skip, json_path)
+
+
 @main.command("eval")
 @click.argument("run")
 @click.option("--step", type=int, default=None, help="Checkpoint to evaluate (default: the newest).")
@@ -188,6 +229,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
 
 
 main.add_command(show_command)
+main.add_command(trace_command)
 main.add_command(report_command)
 
 

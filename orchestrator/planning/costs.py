@@ -38,7 +38,7 @@ class EpisodeCosts:
         count = 0
         for script in scripts:
             count += 1
-            for place, value in enumerate(_walk(script, token_scale, max_tokens)):
+            for place, value in enumerate(walk(script, token_scale, max_tokens)):
                 sums[place] += value
         if not count:
             raise ValueError("a workload needs at least one episode")
@@ -57,7 +57,7 @@ class EpisodeCosts:
         return max(1.0, min(cost.slots, cost.kv_tokens / max(1.0, self.mean_context_tokens)))
 
 
-def _walk(script: EpisodeScript, scale: float, max_tokens: int) -> tuple[float, ...]:
+def walk(script: EpisodeScript, scale: float, max_tokens: int) -> tuple[float, ...]:
     """(prompt, output, context, mean context, tool seconds, turns) of one episode, cut where the run would cut it."""
     length = prompt = carried_tokens(script.prompt_tokens, scale)
     output, held, tool_s, turns = 0, 0.0, script.reset_s, 0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from experience.accounting import Cause
 from orchestrator.simulator.events import EventLoop
 from orchestrator.simulator.learner import Phase
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(NamedTuple):
     """The run at one moment."""
 
     learner: Phase
@@ -25,7 +24,7 @@ class Situation:
     """Episodes that the full queue does not take."""
     queued: int
     """Episodes that wait for a slot."""
-    idle_share: float = 0.0
+    idle_share: float
     """Of the engines' accelerators."""
 
 
@@ -58,7 +57,7 @@ def learner_cause(now: Situation) -> Cause:
 class IdleAccount:
     """Integrates idle accelerators over time. Call `settle` before anything changes that a `Situation` tells."""
 
-    def __init__(self, accelerators: int, situation: Callable[[], Situation], loop: EventLoop) -> None:
+    def __init__(self, accelerators: int, situation: Callable[[float], Situation], loop: EventLoop) -> None:
         self._accelerators = accelerators
         self._situation, self._loop = situation, loop
         self._busy = 0
@@ -79,7 +78,7 @@ class IdleAccount:
             return
         self._since = self._loop.now
         idle = self._accelerators - self._busy
-        now = replace(self._situation(), idle_share=idle / self._accelerators)
+        now = self._situation(idle / self._accelerators)
         rollout, learner = rollout_cause(now), learner_cause(now)
         self._idle[rollout] = self._idle.get(rollout, 0.0) + elapsed * idle
         self.learner[learner] = self.learner.get(learner, 0.0) + elapsed

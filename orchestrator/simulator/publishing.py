@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from orchestrator.simulator.engines import Engines
 from orchestrator.simulator.events import EventLoop
 from weight_sync.config import WeightsConfig
 from weight_sync.membership import Membership
@@ -21,11 +20,24 @@ class PublicationEvents(Protocol):
     def published(self, version: int) -> None: ...
 
 
+class EngineFleet(Protocol):
+    """The engines, one by one."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def join(self, name: str, version: int) -> None: ...
+
+    def kill(self, name: str) -> None: ...
+
+    def commit(self, name: str, version: int, keep_kv: bool) -> None: ...
+
+
 class Publisher:
     """Drives `Membership` and `Publication`; joining and publishing exclude each other."""
 
     def __init__(
-        self, config: WeightsConfig, stage_s: float, loop: EventLoop, engines: Engines, events: PublicationEvents
+        self, config: WeightsConfig, stage_s: float, loop: EventLoop, engines: EngineFleet, events: PublicationEvents
     ) -> None:
         self._keep_kv = config.kv != "recompute"
         self._stage_s, self._loop, self._engines, self._events = stage_s, loop, engines, events

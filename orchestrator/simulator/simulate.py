@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.bound import Calibration, ModeRow
-from orchestrator.config import Config, validate
+from orchestrator.config import Config, ConfigError, validate
 from orchestrator.planning.costs import EpisodeCosts, calibrate, workload_costs
 from orchestrator.simulator.cluster import Cluster, in_mode, require_synthetic, total_accelerators
 from orchestrator.simulator.report import Outcome, row_of, window_of
@@ -63,6 +63,10 @@ def simulate(
     """
     validate(config)
     require_synthetic(config)
+    if options is not None and options.mean_field and options.engine_kill_every_s is not None:
+        raise ConfigError(
+            "engines and environments cannot be lost in mean field: simulate suite fault without --mean-field"
+        )
     costs = workload_costs(config)
     calibration = calibration_of(config, costs)
     outcomes = [simulate_mode(in_mode(config, mode, calibration), options, skip) for mode in modes or [config.mode]]

@@ -22,6 +22,7 @@ from orchestrator.simulator.entries import SimulatedEntry
 from orchestrator.simulator.events import EventLoop
 from orchestrator.simulator.idle import IdleAccount, Situation
 from orchestrator.simulator.learner import Learner, LearnerSettings, Phase
+from orchestrator.simulator.mean_field import MeanFieldRollout
 from orchestrator.simulator.publishing import Publisher
 from orchestrator.simulator.rollout import RolloutLimits, RolloutWorkers
 
@@ -40,6 +41,8 @@ class SimulationOptions:
     """Modelled seconds between losses of an engine (in turn); None: no engine is lost."""
     engine_restart_s: float = 60.0
     """Modelled seconds until a lost engine is replaced."""
+    mean_field: bool = False
+    """Aggregate accelerators and turns (see `mean_field`): for tens of thousands of episodes."""
 
 
 class Simulation:
@@ -62,11 +65,10 @@ class Simulation:
             config.seed,
         )
         self.idle = IdleAccount(cluster.rollout_accelerators, self._situation, loop)
-        self.engines = Engines(cluster, loop, self.idle.busy)
         workers = [worker_name(index, 0) for index in range(rollout.workers)]
-        self.workers = RolloutWorkers(
-            workers, self._limits(), cluster.token_scale, self.engines, loop, self, self.idle.settle
-        )
+        self.engines: Engines | MeanFieldRollout
+        self.workers: RolloutWorkers | MeanFieldRollout
+        self.engines, self.workers = self._rollout(workers)
         for worker in workers:
             self.dispatcher.worker_joined(worker)
         self.publisher = Publisher(config.weights, cluster.cost.stage_s, loop, self.engines, self)
@@ -81,6 +83,7 @@ class Simulation:
         self._refused: deque[tuple[SimulatedEntry, Callable[[], None]]] = deque()
         self._dispatched_at = 0.0
         self._draining = False
+        self._offering = False
         self.states: list[Accounts] = []
         """The accounts at the beginning and after each step."""
 
@@ -168,7 +171,19 @@ class Simulation:
         self._draining = False
         if changed:
             self.pump()
+            self._offer()
+
+    def _offer(self) -> None:
+        """Tell the learner of finished groups; in mean field once for all that end together."""
+        if not self.options.mean_field:
             self.learner.offered()
+        elif not self._offering:
+            self._offering = True
+            self.loop.at(self.loop.now, self._offer_now)
+
+    def _offer_now(self) -> None:
+        self._offering = False
+        self.learner.offered()
 
     def _offer_again(self) -> None:
         waiting, self._refused = self._refused, deque()
@@ -218,7 +233,7 @@ class Simulation:
 
     # What is known
 
-    def _situation(self) -> Situation:
+    def _situation(self, idle_share: float) -> Situation:
         return Situation(
             learner=self.learner.phase,
             time_shared=self.cluster.time_shared,
@@ -228,7 +243,19 @@ class Simulation:
             in_environment=self.workers.in_environment,
             refused=len(self._refused),
             queued=self.workers.queued,
+            idle_share=idle_share,
         )
+
+    def _rollout(
+        self, workers: list[str]
+    ) -> tuple[Engines, RolloutWorkers] | tuple[MeanFieldRollout, MeanFieldRollout]:
+        cluster, loop, idle = self.cluster, self.loop, self.idle
+        if self.options.mean_field:
+            pool = MeanFieldRollout(cluster, self._limits(), len(workers), loop, self, idle.busy, idle.settle)
+            return pool, pool
+        engines = Engines(cluster, loop, idle.busy)
+        scale = cluster.token_scale
+        return engines, RolloutWorkers(workers, self._limits(), scale, engines, loop, self, idle.settle)
 
     def _limits(self) -> RolloutLimits:
         rollout = self.config.rollout
