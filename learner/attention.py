@@ -44,6 +44,11 @@ class LengthGroup:
     end: int
     """Flat positions of the group's tokens."""
 
+    @property
+    def even(self) -> bool:
+        """All sequences have one length: padded and flat positions are the same."""
+        return self.rows * self.longest == self.end - self.start
+
 
 @dataclass(frozen=True)
 class RaggedLayout:
@@ -104,13 +109,13 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: torch.Tensor, group: LengthGroup) -> torch.Tensor:
         ctx.group, ctx.tokens = group, flat.shape[0]
-        return flat.index_select(0, group.scatter)
+        return flat[group.start : group.end].contiguous() if group.even else flat.index_select(0, group.scatter)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
         group: LengthGroup = ctx.group
-        inside = gradient.index_select(0, group.gather)
+        inside = gradient if group.even else gradient.index_select(0, group.gather)
         if group.end - group.start == ctx.tokens:
             return inside, None
         flat = gradient.new_zeros((ctx.tokens, *gradient.shape[1:]))
@@ -124,12 +129,14 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded: torch.Tensor, group: LengthGroup) -> torch.Tensor:
         ctx.group = group
-        return padded.index_select(0, group.gather)
+        return padded.view_as(padded) if group.even else padded.index_select(0, group.gather)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
         group: LengthGroup = ctx.group
+        if group.even:
+            return gradient, None
         padded = gradient.new_zeros((group.rows * group.longest, *gradient.shape[1:]))
         padded.index_copy_(0, group.gather, gradient)
         return padded, None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import ObjectiveSettings, PassResult
 from learner.batching import MicroBatch
@@ -34,6 +35,8 @@ class FsdpBackend:
 
     def __init__(self, path: str | Path, config: LearnerConfig, dtype: str = "float32") -> None:
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.updates = 0
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)

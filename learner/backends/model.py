@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from learner.attention import RAGGED_ATTENTION, register_ragged_attention
 from learner.errors import ModelError
+from learner.fused import fuse_norms
 
 
 def resolve_device(device: str) -> torch.device:
@@ -58,7 +59,10 @@ def load_model(path: str | Path, device: torch.device, *, gradient_checkpointing
         raise ModelError(f"model.path={path} cannot be loaded: {error}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device).train()
+    model = model.to(device).train()
+    if device.type == "cpu":
+        fuse_norms(model)
+    return model
 
 
 def check_complete(path: str | Path, missing: Iterable[str]) -> None:
