@@ -8,11 +8,11 @@ import click
 
 from experience.accounting import read_timeline
 from orchestrator.report.embedded import embed
-from orchestrator.report.facts import Facts, gather
+from orchestrator.report.facts import gather
 from orchestrator.report.journals import survey
 from orchestrator.report.page import Content, render
 from orchestrator.report.timeline import make_timeline
-from orchestrator.report.words import percent
+from orchestrator.report.words import idle_words
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
 
 REPORT = "report.html"
@@ -33,17 +33,6 @@ def make_report(run: RunDirectory, *, seed: int = 0) -> str:
         idle_words=idle_words(facts),
     )
     return render(content)
-
-
-def idle_words(facts: Facts) -> list[str]:
-    """Where the idle time of engines and learner went; nothing when the run kept no accounts."""
-    if not facts.idle:
-        return []
-    largest = sorted(((share, cause) for cause, share in facts.idle.items()), reverse=True)
-    parts = [f"{cause.replace('_', ' ')} {percent(share)}" for share, cause in largest if share >= 0.001]
-    if not parts:
-        return ["Engines and learner had work all the time."]
-    return [f"Share of the time of engines and learner that was idle, by what they waited for: {', '.join(parts)}."]
 
 
 @click.command("report")

@@ -98,6 +98,15 @@ class Facts:
         return {str(cause): float(share) for cause, share in told.items() if isinstance(share, int | float)}
 
     @property
+    def scales(self) -> dict[str, float]:
+        """``time_scale`` and ``token_scale`` of modelled engines; empty when they are real."""
+        synthetic = self.setting("engines", "synthetic")
+        if self.setting("engines", "kind") != "synthetic" or not isinstance(synthetic, dict):
+            return {}
+        names = ("time_scale", "token_scale")
+        return {name: float(synthetic[name]) for name in names if isinstance(synthetic.get(name), int | float)}
+
+    @property
     def accounts(self) -> dict[str, dict[str, float]]:
         """Lane -> cause -> seconds, idle time explained; empty for a run without a summary."""
         told = (self.summary or {}).get("accounting")

@@ -157,20 +157,8 @@ def _badges(facts: Facts) -> list[str]:
         "engines": facts.setting("engines", "kind"),
         "steps": facts.steps_done,
     }
-    scales = [
-        f"{name.replace('_', ' ')} {number(float(scale))}"
-        for name, scale in ((name, _scale(facts, name)) for name in ("time_scale", "token_scale"))
-        if scale is not None
-    ]
+    scales = [f"{name.replace('_', ' ')} {number(scale)}" for name, scale in facts.scales.items()]
     return [f"{name} {value}" for name, value in found.items() if value is not None] + scales
-
-
-def _scale(facts: Facts, name: str) -> float | None:
-    """A scale of modelled engines; None when the run's engines are real."""
-    synthetic = facts.setting("engines", "synthetic")
-    is_modelled = facts.setting("engines", "kind") == "synthetic" and isinstance(synthetic, dict)
-    value = synthetic.get(name) if is_modelled else None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _tiles(facts: Facts, survey: Survey) -> list[dict[str, str]]:

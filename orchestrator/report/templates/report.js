@@ -193,7 +193,7 @@
       element("dl", {}, ...facts),
       modes(item),
       key(item),
-      element("div", { class: "turns by-" + state.mode }, ...item.turns.map((turn) => turnOf(item, turn)))
+      element("div", { class: "turns by-" + state.mode, tabindex: "0", role: "region", "aria-label": "Turns" }, ...item.turns.map((turn) => turnOf(item, turn)))
     );
   }
 
@@ -243,7 +243,7 @@
   function turnOf(item, turn) {
     const seconds = turn.seconds === null ? "" : ` · ${turn.seconds.toFixed(3)} s`;
     const head = element("div", { class: "turn-head" }, turn.role + seconds + ` · ${turn.text.length + turn.cut} tokens`);
-    const body = element("div", { class: "tokens", tabindex: turn.text.length > 400 ? "0" : "-1" });
+    const body = element("div", { class: "tokens" });
     let at = 0;
     let sampled = 0;
     for (const [kind, version, count] of turn.runs) {
