@@ -67,11 +67,14 @@
 
   const places = [...document.querySelectorAll("[data-figure]")];
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  window.addEventListener("beforeprint", () => {
-    places.forEach(draw);
+  // Paper is white: the class brings the light colours before the browser switches to its print styles.
+  function printing(begins) {
+    document.documentElement.classList.toggle("printing", begins);
+    if (begins) places.forEach(draw);
     redraw();
-  });
-  window.addEventListener("afterprint", redraw);
+  }
+  window.addEventListener("beforeprint", () => printing(true));
+  window.addEventListener("afterprint", () => printing(false));
 
   // --- trajectory browser ----------------------------------------------------------------------------------------
 

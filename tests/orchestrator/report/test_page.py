@@ -128,7 +128,7 @@ def test_the_trajectory_browser_works_by_click_and_keyboard(opened: Opened) -> N
     rows.nth(3).click()
     assert page.inner_text("#detail h3") == rows.nth(3).locator("span").first.inner_text()
     page.keyboard.press("ArrowDown")
-    page.locator("#list").focus()
+    assert page.inner_text("#detail h3") == rows.nth(4).locator("span").first.inner_text()
     page.keyboard.press("End")
     assert rows.nth(total - 1).get_attribute("aria-selected") == "true"
     page.keyboard.press("ArrowUp")
@@ -184,6 +184,18 @@ def test_nothing_sticks_out(opened: Opened, width: int, scheme: Any) -> None:
     assert light == (scheme == "light")
     page.emulate_media(media="print")
     assert not page.is_visible("nav")
+
+
+@needs_browser
+def test_paper_is_white(opened: Opened) -> None:
+    """Printed from the dark, the labels of the figures are dark on white, and light again afterwards."""
+    page = opened.page
+    page.emulate_media(color_scheme="dark")
+    colour = "() => getComputedStyle(document.querySelector('#f-reward .xtick text')).fill"
+    page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(colour) == "rgb(27, 32, 39)"
+    page.evaluate("() => window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(colour) == "rgb(230, 234, 239)"
 
 
 @needs_browser
