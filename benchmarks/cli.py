@@ -12,6 +12,7 @@ BENCHMARKS = {
     "learn": "benchmarks.learn:learn",
     "peer": "benchmarks.peer_trl:peer",
     "queue": "benchmarks.queue.command:queue",
+    "simulator": "benchmarks.simulator_validation:simulator",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }
 

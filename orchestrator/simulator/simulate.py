@@ -34,15 +34,17 @@ def calibration_of(config: Config, costs: EpisodeCosts | None = None) -> Calibra
     )
 
 
-def simulate_mode(config: Config, options: SimulationOptions | None = None, skip: int | None = None) -> Outcome:
-    """One run of ``config`` as it stands."""
+def simulate_mode(
+    config: Config, options: SimulationOptions | None = None, skip: int | None = None, leave: int = 0
+) -> Outcome:
+    """One run of ``config`` as it stands, without the first ``skip`` and the last ``leave`` steps (see `window_of`)."""
     began_at = time.perf_counter()
     simulation = Simulation(config, options)
     simulation.run()
     return Outcome(
         mode=config.mode,
         cluster=simulation.cluster,
-        window=window_of(simulation.states, config.staleness.target_lag, skip),
+        window=window_of(simulation.states[: len(simulation.states) - leave], config.staleness.target_lag, skip),
         ks=simulation.queue.ledger.length_distance(),
         events=simulation.loop.events,
         wall_s=time.perf_counter() - began_at,

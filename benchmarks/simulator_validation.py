@@ -1,0 +1,204 @@
+"""``millrace bench simulator``: the simulator against real runs of the same configurations on the synthetic engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.output import document, save_figure, write_json
+from benchmarks.sync_vs_async.clusters import (
+    BASE,
+    CLUSTERS,
+    Cluster,
+    Split,
+    config_of,
+    find_cluster,
+    mode_settings,
+    overrides_of,
+    unmeasured,
+)
+from benchmarks.sync_vs_async.evidence import read_evidence
+from benchmarks.sync_vs_async.processes import BenchError, train
+from orchestrator.bound import LagStatistics, split_of
+from orchestrator.composition import ConfigError
+from orchestrator.config import Config
+from orchestrator.simulator.report import Outcome
+from orchestrator.simulator.simulate import calibration_of, simulate_mode
+from orchestrator.simulator.simulation import SimulationOptions
+
+WITHIN = 0.10
+"""The agreement asked for, in step time and mean lag."""
+LEAST_LAG = 0.05
+"""Lags (versions) that differ by less agree, whatever their ratio."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run and its simulation. Seconds are modelled."""
+
+    suite: str
+    mode: str
+    steps: int
+    """Steps compared."""
+    real_step_s: float
+    simulated_step_s: float
+    real_lag: float
+    simulated_lag: float
+    real_wall_s: float
+    simulated_wall_s: float
+
+    @property
+    def step_error(self) -> float:
+        """Simulated over real, less 1."""
+        return self.simulated_step_s / self.real_step_s - 1.0
+
+    @property
+    def lag_error(self) -> float:
+        """Simulated over real mean lag, less 1; 0 where both are next to nothing."""
+        if abs(self.simulated_lag - self.real_lag) <= LEAST_LAG:
+            return 0.0
+        return self.simulated_lag / self.real_lag - 1.0
+
+    @property
+    def agrees(self) -> bool:
+        return max(abs(self.step_error), abs(self.lag_error)) <= WITHIN
+
+
+def compare(cluster: Cluster, mode: str, seed: int, directory: Path, timeout_s: float) -> Pair:
+    """Run a mode of a suite's cluster for real and simulated, and compare the same steps of both.
+
+    The split of the accelerators is the cost model's. Raises BenchError when the run fails or is too short.
+    """
+    shared = config_of(overrides_of(mode_settings(cluster, "sync", Split(0, 0), seed)))
+    split = Split(*split_of(calibration_of(shared), cluster.replicas))
+    overrides = overrides_of(mode_settings(cluster, mode, split, seed))
+    skip, leave = unmeasured(cluster, mode)
+    outcome = simulate_as(config_of(overrides), skip, leave)
+    run = train(BASE, overrides, directory / f"{cluster.suite}-{mode}", timeout_s)
+    evidence = read_evidence(run.directory)
+    steps = evidence.window(skip, leave)
+    lags: Counter[int] = Counter()
+    for step in steps:
+        lags.update(step.lags())
+    began_at = evidence.steps[skip - 1].ended_at
+    return Pair(
+        suite=cluster.suite,
+        mode=mode,
+        steps=len(steps),
+        real_step_s=(steps[-1].ended_at - began_at) / len(steps) * cluster.time_scale,
+        simulated_step_s=outcome.step_s,
+        real_lag=LagStatistics.of({lag: tokens for lag, tokens in lags.items() if lag <= cluster.max_lag}).mean,
+        simulated_lag=LagStatistics.of(outcome.window.lags).mean,
+        real_wall_s=run.wall_s,
+        simulated_wall_s=outcome.wall_s,
+    )
+
+
+def simulate_as(config: Config, skip: int, leave: int) -> Outcome:
+    """The simulation of a run as it is: dispatching ends with what is trained, ``leave`` last steps are not compared."""
+    return simulate_mode(config, SimulationOptions(open_ended=False), skip, leave)
+
+
+def render_pairs(pairs: list[Pair]) -> Table:
+    """Real and simulated side by side."""
+    table = Table(box=None, pad_edge=False)
+    for name in (
+        "suite",
+        "mode",
+        "steps",
+        "step s",
+        "simulated",
+        "error",
+        "mean lag",
+        "simulated",
+        "error",
+        "wall s",
+        "",
+    ):
+        table.add_column(name, justify="left" if name in ("suite", "mode", "") else "right", no_wrap=True)
+    for pair in pairs:
+        table.add_row(
+            pair.suite,
+            pair.mode,
+            str(pair.steps),
+            f"{pair.real_step_s:.0f}",
+            f"{pair.simulated_step_s:.0f}",
+            f"{pair.step_error:+.1%}",
+            f"{pair.real_lag:.2f}",
+            f"{pair.simulated_lag:.2f}",
+            f"{pair.lag_error:+.1%}",
+            f"{pair.real_wall_s:.0f} / {pair.simulated_wall_s:.1f}",
+            "" if pair.agrees else "differs",
+        )
+    return table
+
+
+def figure_of(pairs: list[Pair]) -> Any:
+    """Step times, simulated over real."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
+    names = [f"{pair.suite}\n{pair.mode}" for pair in pairs]
+    axes.bar(names, [pair.simulated_step_s / pair.real_step_s for pair in pairs], color="#4477aa")
+    axes.axhspan(1 - WITHIN, 1 + WITHIN, color="#ccbb44", alpha=0.3)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylabel("step time, simulated / real")
+    return figure
+
+
+@click.command("simulator")
+@click.option(
+    "--suite", "suites", multiple=True, help=f"{', '.join(CLUSTERS)}; may be repeated. [default: reason, swe, mixed]"
+)
+@click.option("--modes", default="sync,async", show_default=True)
+@click.option("--accelerators", type=click.IntRange(min=4), default=64, show_default=True)
+@click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True, help="Steps compared.")
+@click.option("--time-scale", type=click.FloatRange(min=0, min_open=True), help="Instead of each suite's own.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dir", "directory", type=click.Path(path_type=Path), default=Path("runs/simulator"), show_default=True)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result to this file."
+)
+@click.option(
+    "--figure", "figure_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw it (.svg or .png)."
+)
+@click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Most seconds for one run.")
+def simulator(
+    suites: tuple[str, ...],
+    modes: str,
+    accelerators: int,
+    steps: int,
+    time_scale: float | None,
+    seed: int,
+    directory: Path,
+    json_path: Path | None,
+    figure_path: Path | None,
+    timeout_s: float,
+) -> None:
+    """Compare simulated with real runs of the synthetic engine: step time and mean lag."""
+    from dataclasses import replace
+
+    console, pairs = Console(), []
+    try:
+        for suite in suites or ("reason", "swe", "mixed"):
+            cluster = find_cluster(suite).sized(accelerators).measuring(steps)
+            cluster = replace(cluster, time_scale=time_scale) if time_scale is not None else cluster
+            pairs += [compare(cluster, mode, seed, directory, timeout_s) for mode in modes.split(",")]
+    except (BenchError, ConfigError) as error:
+        raise click.ClickException(str(error)) from error
+    console.print(render_pairs(pairs))
+    if json_path is not None:
+        results = [
+            {**asdict(p), "step_error": p.step_error, "lag_error": p.lag_error, "agrees": p.agrees} for p in pairs
+        ]
+        settings = {"accelerators": accelerators, "steps": steps, "time_scale": time_scale}
+        write_json(json_path, document("simulator", seeds=[seed], settings=settings, results=results))
+    if figure_path is not None:
+        save_figure(figure_path, figure_of(pairs))
