@@ -129,8 +129,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(table)
     for change in result["waiting_consumer"]:
         console.print(
-            f"{change['system']}, {change['item_bytes'] / 1e3:g} KB: a waiting consumer changes the median put from "
-            f"{change['p50_ms']:.3f} to {change['p50_ms_waiting']:.3f} ms ({change['change']:+.0%})"
+            f"{change['system']}, {change['item_bytes'] / 1e3:g} KB: with a consumer waiting, the median put goes from "
+            f"{change['p50_ms'][0]:.3f} to {change['p50_ms'][1]:.3f} ms ({change['p50_change']:+.0%}), the 99th "
+            f"percentile from {change['p99_ms'][0]:.3f} to {change['p99_ms'][1]:.3f} ms"
         )
     console.print(
         f"seed {result['seeds'][0]}, {result['settings']['repeats']} repeats, {result['machine']['cpus']} CPUs, "

@@ -114,16 +114,13 @@ def item_arrays(item_bytes: int, seed: int) -> dict[str, npt.NDArray[Any]]:
 
 
 def waiting_change(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By how much a waiting consumer changes the median latency of a put, by system and size."""
-    p50 = {(row["system"], row["item_bytes"], row["case"]): row["p50_ms"] for row in rows}
-    return [
-        {
-            "system": system,
-            "item_bytes": size,
-            "p50_ms": alone,
-            "p50_ms_waiting": p50[system, size, Case.PUT_WAITING.value],
-            "change": round(p50[system, size, Case.PUT_WAITING.value] / alone - 1, 3),
-        }
-        for (system, size, case), alone in p50.items()
-        if case == Case.PUT_SINGLE.value and (system, size, Case.PUT_WAITING.value) in p50
-    ]
+    """What a waiting consumer does to the latency of a put, by system and size."""
+    by_case = {(row["system"], row["item_bytes"], row["case"]): row for row in rows}
+    changes = []
+    for (system, size, case), alone in by_case.items():
+        waiting = by_case.get((system, size, Case.PUT_WAITING.value))
+        if case == Case.PUT_SINGLE.value and waiting is not None:
+            latencies = {name: [alone[name], waiting[name]] for name in ("p50_ms", "p99_ms")}
+            change = round(waiting["p50_ms"] / alone["p50_ms"] - 1, 3)
+            changes.append({"system": system, "item_bytes": size, **latencies, "p50_change": change})
+    return changes

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,3 +177,67 @@ def test_reading_at_a_wrong_position_is_an_error(tmp_path: Path) -> None:
 def test_a_kind_must_fit_its_field(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kind"):
         Journal(tmp_path).append("", b"")
+
+
+def test_appending_goes_on_while_another_thread_flushes(tmp_path: Path) -> None:
+    """Rotation included: what was appended is there, in order and once."""
+    journal, done = Journal(tmp_path, segment_bytes=1 << 16, buffer_bytes=1 << 14), threading.Event()
+
+    def flush() -> None:
+        while not done.is_set():
+            journal.flush()
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    sizes = [(i * 7919) % 9000 for i in range(3000)]
+    positions = [journal.append("add", i.to_bytes(4, "little") + b"x" * size) for i, size in enumerate(sizes)]
+    done.set()
+    flushing.join(20)
+    assert not flushing.is_alive()
+    journal.close()
+    found = payloads_of(JournalReader(tmp_path))
+    assert [(int.from_bytes(data[:4], "little"), len(data) - 4) for data in found] == list(enumerate(sizes))
+    assert [record.position for record in JournalReader(tmp_path).records()] == positions
+
+
+def test_a_write_that_stops_half_way_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda descriptor, buffers, offset: real(descriptor, [buffers[0][:3]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, [bytes(data[:1000])], offset))
+    journal = Journal(tmp_path)
+    for _ in range(3):
+        journal.append("add", b"p" * 5000)
+    journal.flush()
+    assert payloads_of(JournalReader(tmp_path)) == [b"p" * 5000] * 3
+
+
+def test_more_buffers_than_one_call_writes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, buffer_bytes=1 << 30)
+    for i in range(1500):
+        journal.append("add", i.to_bytes(4, "little") * 1100)
+    journal.flush()
+    assert [data[:4] for data in payloads_of(JournalReader(tmp_path))] == [i.to_bytes(4, "little") for i in range(1500)]
+
+
+def test_pages_given_back_are_read_again_from_the_disk(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, segment_bytes=1 << 30)
+    payload = os.urandom(1 << 20)
+    positions = []
+    for _ in range(40):
+        positions.append(journal.append("add", payload))
+        journal.flush()
+    assert all(journal.read(position).payload == payload for position in positions)
+    journal.close()
+    assert len(payloads_of(JournalReader(tmp_path))) == 40
+
+
+def test_a_segment_that_cannot_reach_the_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    journal = Journal(tmp_path, segment_bytes=1000)
+    monkeypatch.setattr(os, "fdatasync", fails)
+    for _ in range(2):
+        journal.append("add", b"x" * 900)
+    with pytest.raises(JournalError, match=r"cannot write the journal.*Input/output error"):
+        journal.flush(sync=True)

@@ -204,6 +204,16 @@ def test_a_group_packed_from_messages_is_the_group_encoded() -> None:
     assert group.header == header(0, 3)
 
 
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 70_000])
+def test_a_group_in_pieces_is_the_group_packed(count: int) -> None:
+    record = wire.encode_trajectory(trajectory("g0", "g0-0", [1]))
+    pieces = wire.group_parts(header(0, 3), [record] * count)
+    packed = wire.pack_group(header(0, 3), [record] * count)
+    assert [len(piece) for piece in pieces[1:]] == [len(record) - 4] * count
+    assert wire.encode(wire.decode_group(b"".join(pieces))) == wire.encode(wire.decode_group(packed))
+    assert len(pieces) == count + 1
+
+
 def test_a_leased_group_encodes_for_the_learner() -> None:
     leased = LeasedGroup(header=header(0), episodes=[entry("g0", "g0-0"), entry("g0", "g0-1", [3])], version=3)
     assert [t.oldest_version for t in wire.decode_group(leased.encode()).trajectories] == [0, 3]
