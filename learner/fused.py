@@ -32,7 +32,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         mean_square = torch.linalg.vecdot(x, x).div_(x.shape[-1])
         inverse = mean_square.add_(epsilon).rsqrt_().unsqueeze(-1)
-        normal = x * inverse
+        normal: Tensor = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
         return normal * weight
 
