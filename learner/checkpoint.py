@@ -149,6 +149,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def source_after(source: Path | None, written: Path) -> Path | None:
+    """Where to copy the tokenizer from next: a checkpoint that a run was resumed from goes when newer ones are there."""
+    return written if source is not None and source.parent.resolve() == written.parent.resolve() else source
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

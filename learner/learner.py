@@ -25,6 +25,7 @@ from learner.checkpoint import (
     commit_checkpoint,
     copy_tokenizer,
     read_checkpoint,
+    source_after,
 )
 from learner.config import LearnerConfig, ModelConfig
 from learner.errors import CheckpointError, LearnerError
@@ -142,7 +143,9 @@ class Learner:
                 f"cannot write a checkpoint to {directory}: {error}; free space there, then resume the run"
             ) from error
         state = CheckpointState(self.version, self.version, backend.updates, extra or {})
-        return commit_checkpoint(temporary, state, self._keep)
+        written = commit_checkpoint(temporary, state, self._keep)
+        self._source = source_after(self._source, written)
+        return written
 
     def export(self, directory: str | Path) -> None:
         """Writes the present weights as a Hugging Face directory, with the tokenizer."""

@@ -21,7 +21,14 @@ from safetensors.numpy import load_file, save_file
 from experience.records import Group
 from experience.wire import decode_group
 from learner.batching import GroupSamples, make_samples
-from learner.checkpoint import CheckpointState, begin_checkpoint, commit_checkpoint, copy_tokenizer, read_checkpoint
+from learner.checkpoint import (
+    CheckpointState,
+    begin_checkpoint,
+    commit_checkpoint,
+    copy_tokenizer,
+    read_checkpoint,
+    source_after,
+)
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError, LearnerError, ModelError
 from learner.streaming import group_metrics
@@ -130,9 +137,10 @@ class SyntheticLearner:
             self.export(temporary)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write a checkpoint to {directory}: {error}; free space there") from error
-        return commit_checkpoint(
-            temporary, CheckpointState(self.version, self.version, self.version, extra or {}), self._keep
-        )
+        state = CheckpointState(self.version, self.version, self.version, extra or {})
+        written = commit_checkpoint(temporary, state, self._keep)
+        self._source = source_after(self._source, written)
+        return written
 
     def export(self, directory: str | Path) -> None:
         """Write the present weights as a model directory, with the tokenizer."""

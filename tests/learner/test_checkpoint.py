@@ -82,6 +82,15 @@ def test_only_the_newest_are_kept(model_directory: Path, tmp_path: Path) -> None
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step-000100", "step-000150"]
 
 
+def test_checkpoints_after_a_resumed_one_keep_the_tokenizer_when_that_one_has_gone(two_checkpoints: Path) -> None:
+    learner = resumed(two_checkpoints / "step-000002")
+    for step in range(2, 6):
+        train_step(learner, make_groups(2, seed=step, version=step))
+        written = learner.save(two_checkpoints)
+    assert not (two_checkpoints / "step-000002").exists()
+    assert (written / "tokenizer.json").is_file()
+
+
 def test_saving_the_same_step_again_replaces_it(model_directory: Path, tmp_path: Path) -> None:
     learner = make_learner(model_directory)
     learner.save(tmp_path, {"try": 1})

@@ -174,6 +174,19 @@ def test_weights_are_stamped_and_checkpoints_continue_or_are_refused(tmp_path: P
         again.restore(path)
 
 
+def test_checkpoints_after_a_resumed_one_are_whole_when_that_one_has_gone(tmp_path: Path) -> None:
+    clock = Time()
+    first = make_learner(tmp_path / "model", clock)
+    resumed = make_learner(tmp_path / "other", clock)
+    resumed.restore(first.save(tmp_path / "checkpoints"))
+    for _ in range(4):
+        resumed.begin_step()
+        resumed.finish_step()
+        written = resumed.save(tmp_path / "checkpoints")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {path.name for path in written.iterdir()}
+
+
 def test_misuse_is_told(tmp_path: Path) -> None:
     learner = make_learner(tmp_path, Time())
     with pytest.raises(LearnerError, match="begin_step first"):
