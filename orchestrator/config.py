@@ -243,6 +243,11 @@ def _validate_synthetic(config: Config) -> None:
             f"model.recipe={config.model.recipe}: synthetic engines sample from a vocabulary of their own; set "
             "model.recipe=synthetic"
         )
+    if engine.stage_s / engine.time_scale >= config.weights.timeout_s:
+        raise ValueError(
+            f"engines.synthetic.stage_s={engine.stage_s:g} takes {engine.stage_s / engine.time_scale:g} wall seconds, and a "
+            f"transfer may take weights.timeout_s={config.weights.timeout_s:g}: raise that or engines.synthetic.time_scale"
+        )
     together = engine.accelerators * config.engines.replicas
     if config.mode == "sync" and learner.accelerators != together:
         raise ValueError(
