@@ -22,8 +22,10 @@ from benchmarks.sync_vs_async.evidence import Evidence, read_evidence
 from benchmarks.sync_vs_async.faults import EngineKiller
 from benchmarks.sync_vs_async.measure import (
     Result,
+    RoleCost,
     Roles,
     Synchronous,
+    Window,
     calibrate_learner,
     calibrate_rollout,
     calibration_of,
@@ -34,6 +36,7 @@ from benchmarks.sync_vs_async.measure import (
 from benchmarks.sync_vs_async.processes import FinishedRun, train
 from benchmarks.sync_vs_async.work import UnitCosts
 from orchestrator.bound import Calibration, split_of
+from orchestrator.simulator.simulate import calibration_of as calibration_of_config
 
 BUSY_MACHINE = 0.8
 """Share of all cores above which the real control plane distorts modelled time."""
@@ -85,8 +88,17 @@ class Campaign:
     """Runs one suite. Every run is a ``millrace train`` of its own under ``directory``."""
 
     def __init__(
-        self, cluster: Cluster, seed: int, directory: Path, say: Say, more: tuple[str, ...], timeout_s: float
+        self,
+        cluster: Cluster,
+        seed: int,
+        directory: Path,
+        say: Say,
+        more: tuple[str, ...],
+        timeout_s: float,
+        calibrate: bool = True,
     ) -> None:
+        """``calibrate`` False takes the cost model's w and tau instead of measuring them."""
+        self._measure_roles = calibrate
         self._cluster = cluster
         self._seed = seed
         self._directory = directory / f"{cluster.suite}-{seed}"
@@ -101,7 +113,7 @@ class Campaign:
             BenchError: A run failed or is too short.
         """
         cluster = self._cluster
-        roles = self._calibrate()
+        roles = self.calibrate() if self._measure_roles else self._modelled()
         balance = Calibration(roles.rollout.measured_s, roles.learner.measured_s, cluster.accelerators)
         split = Split(*split_of(balance, cluster.replicas))
         slower = max(balance.w_s / split.rollout, balance.tau_s / split.learner)
@@ -110,7 +122,7 @@ class Campaign:
             result.rows.append(self._mode(mode, result))
         return result
 
-    def _calibrate(self) -> Roles:
+    def calibrate(self) -> Roles:
         """Both roles alone, on half of the accelerators each; what counts is a rate per accelerator."""
         half = Split(self._cluster.accelerators // 2, self._cluster.accelerators // 2)
         half = Split(half.rollout // self._cluster.replicas * self._cluster.replicas, half.learner)
@@ -124,6 +136,13 @@ class Campaign:
             f"tau = {learner.measured_s:.1f} s (cost model {learner.analytic_s:.1f})"
         )
         return Roles(rollout, learner)
+
+    def _modelled(self) -> Roles:
+        """What the cost model says of the suite's episodes."""
+        cluster = self._cluster
+        config = config_of(overrides_of(mode_settings(cluster, "sync", Split(0, 0), self._seed), self._more))
+        found = calibration_of_config(config)
+        return Roles(RoleCost(found.w_s, found.w_s), RoleCost(found.tau_s, found.tau_s))
 
     def _mode(self, mode: str, result: SuiteResult) -> Result:
         cluster = self._cluster
@@ -140,6 +159,7 @@ class Campaign:
         max_lag = {"sync": 0, "one_step": 1}.get(mode, cluster.max_lag)
         row = row_of(mode, window, calibration, result.synchronous, run.summary, cluster.time_scale, max_lag)
         extra = self._cpu(run, evidence, skip, leave, result.warnings) | {
+            "E_model": self._by_the_model(window),
             "steps": len(evidence.steps),
             "measured_steps": [window.steps[0].number, window.steps[-1].number],
             "trajectories": window.trajectories,
@@ -149,6 +169,13 @@ class Campaign:
         if killer is not None:
             extra |= killer.report(run.directory, cluster.time_scale)
         return Result(row, calibration, extra)
+
+    def _by_the_model(self, window: Window) -> float:
+        """E with the cost model's own w and tau: below E by what a busy machine added to the calibration."""
+        nothing_added = Roles(RoleCost(1.0, 1.0), RoleCost(1.0, 1.0))
+        scale = self._cluster.time_scale
+        calibration = calibration_of(window, nothing_added, self._cluster.accelerators, scale)
+        return calibration.efficiency(window.step_s * scale, window.trajectories)
 
     def _cpu(
         self, run: FinishedRun, evidence: Evidence, skip: int, leave: int, warnings: list[str]

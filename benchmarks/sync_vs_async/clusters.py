@@ -43,12 +43,12 @@ class Cluster:
     replicas: int = 1
     """Engine processes; each models its share of the accelerators."""
     max_lag: int = 8
-    warm_up: int = 4
+    warm_up: int = 3
     """Steps of the asynchronous run until its pipeline is full."""
-    window: int = 6
+    window: int = 4
     """Steps measured."""
-    sync_steps: int = 4
-    """Steps of the synchronous run, the first of which is not measured."""
+    sync_steps: int = 2
+    """Steps of the synchronous run, all of which are measured: no step reaches into the next."""
     slots: int = 2
     decode_tokens_per_s: float = 150.0
     half_concurrency: float = 1.0
@@ -84,26 +84,26 @@ class Cluster:
 
     def measuring(self, steps: int) -> Cluster:
         """The same cluster, ``steps`` steps of it measured."""
-        return replace(self, window=steps, sync_steps=1 + max(2, min(steps, self.sync_steps - 1)))
+        return replace(self, window=steps, sync_steps=min(max(2, steps), self.sync_steps))
 
 
 CLUSTERS = {
     cluster.suite: cluster
     for cluster in (
-        Cluster("reason", groups=64, in_flight=112, target_lag=2.0, time_scale=40.0),
-        Cluster("swe", groups=32, in_flight=176, target_lag=3.0, time_scale=60.0),
-        Cluster("long", groups=32, in_flight=224, target_lag=4.5, time_scale=250.0, warm_up=6),
-        Cluster("mixed", groups=40, in_flight=200, target_lag=4.0, time_scale=80.0, warm_up=6),
-        Cluster("fault", groups=32, in_flight=176, target_lag=3.0, time_scale=60.0, replicas=4, kill_every_s=300.0),
+        Cluster("reason", groups=64, in_flight=128, target_lag=2.0, time_scale=30.0, window=5, sync_steps=3),
+        Cluster("swe", groups=32, in_flight=176, target_lag=2.5, time_scale=40.0),
+        Cluster("long", groups=32, in_flight=208, target_lag=4.0, time_scale=150.0, warm_up=5),
+        Cluster("mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=50.0, warm_up=5),
+        Cluster("fault", groups=32, in_flight=176, target_lag=2.5, time_scale=40.0, replicas=4, kill_every_s=300.0),
         Cluster(
             "burst", groups=625, in_flight=10_000, target_lag=3.0, time_scale=10.0, warm_up=0, window=4, sync_steps=4
         ),
     )
 }
 
-SATURATING = 5
+SATURATING = 4
 """Episodes in flight for a slot when rollout is measured alone."""
-CALIBRATION_STEPS = 8
+CALIBRATION_STEPS = 5
 
 MODES = ("sync", "one_step", "async")
 
@@ -178,7 +178,7 @@ def mode_settings(cluster: Cluster, mode: str, split: Split, seed: int) -> dict[
         "rollout.concurrency": max(cluster.in_flight, cluster.group_size),
     }
     if mode == "one_step":
-        return settings | {"rollout.concurrency": 2 * cluster.batch, "run.steps": 2 + cluster.window // 2 + 1 + 2}
+        return settings | {"rollout.concurrency": 2 * cluster.batch, "run.steps": 1 + max(2, cluster.window // 2) + 1}
     return settings | {
         "staleness.target_lag": cluster.target_lag,
         "staleness.max_lag": cluster.max_lag,
@@ -190,8 +190,8 @@ def mode_settings(cluster: Cluster, mode: str, split: Split, seed: int) -> dict[
 def unmeasured(cluster: Cluster, mode: str) -> tuple[int, int]:
     """How many steps to leave out at the beginning and at the end of a run."""
     if mode == "sync":
-        return 1, 0
-    return (2, 2) if mode == "one_step" else (cluster.warm_up, cluster.drain)
+        return 0, 0
+    return (1, 1) if mode == "one_step" else (cluster.warm_up, cluster.drain)
 
 
 def rollout_alone(cluster: Cluster, split: Split, seed: int) -> dict[str, object]:
@@ -224,7 +224,7 @@ def learner_alone(cluster: Cluster, split: Split, seed: int) -> dict[str, object
         "engines.synthetic.stage_s": 0.0,
         "engines.synthetic.slots": 1024,
         "learner.synthetic.step_overhead_s": 0.0,
-        "run.steps": 5,
+        "run.steps": 4,
     }
 
 

@@ -32,6 +32,9 @@ TABLE_WIDTH = 170
     "--steps", type=click.IntRange(min=2), help="Steps measured (synthetic), or trained synchronously (torch)."
 )
 @click.option("--time-scale", type=click.FloatRange(min=0, min_open=True), help="Instead of each suite's own.")
+@click.option(
+    "--calibrate/--no-calibrate", default=True, show_default=True, help="Measure w and tau, or take the model's."
+)
 @click.option("--seeds", type=click.IntRange(min=1), help="How many seeds. [default: 1; torch: 3]")
 @click.option("--first-seed", default=0, show_default=True)
 @click.option(
@@ -62,6 +65,7 @@ def sync_vs_async(
     accelerators: int,
     steps: int | None,
     time_scale: float | None,
+    calibrate: bool,
     seeds: int | None,
     first_seed: int,
     latency: str,
@@ -92,7 +96,9 @@ def sync_vs_async(
             if steps is not None:
                 clusters = [cluster.measuring(steps) for cluster in clusters]
             campaigns = [
-                Campaign(cluster, seed, directory, say, overrides, timeout_s) for cluster in clusters for seed in chosen
+                Campaign(cluster, seed, directory, say, overrides, timeout_s, calibrate)
+                for cluster in clusters
+                for seed in chosen
             ]
             content, figure = _run_synthetic(campaigns, wanted, console)
     except (BenchError, ConfigError) as error:

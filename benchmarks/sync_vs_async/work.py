@@ -20,6 +20,8 @@ class UnitCosts:
     sampled_s: float
     context_s: float
     trained_s: float
+    slots: int = 1
+    """Sequences that share a saturated accelerator."""
 
     @classmethod
     def from_config(cls, config: Config) -> UnitCosts:
@@ -30,6 +32,7 @@ class UnitCosts:
             sampled_s=per_token / decode,
             context_s=per_token / engine.prefill_tokens_per_s,
             trained_s=per_token * learner.seconds_per_token,
+            slots=engine.slots,
         )
 
     def rollout_s(self, samples: Iterable[Sample]) -> float:
@@ -41,11 +44,16 @@ class UnitCosts:
         return sum(s.length for s in samples) * self.trained_s
 
     def generated_s(self, generations: Iterable[Generation], began_at: float, ended_at: float) -> float:
-        """Accelerator-seconds of what was generated between two times; a turn counts by its part that lies between."""
+        """Accelerator-seconds of what was generated between two times.
+
+        A turn counts by the part that lies between of the time in which it was served: its last seconds, as many as it takes
+        beside others in all slots. Before that it waited for a slot.
+        """
         total = 0.0
         for one in generations:
-            inside = min(one.ended_at, ended_at) - max(one.began_at, began_at)
+            work = one.sampled * self.sampled_s + one.context * self.context_s
+            served_from = max(one.began_at, one.ended_at - work * self.slots)
+            inside = min(one.ended_at, ended_at) - max(served_from, began_at)
             if inside > 0:
-                whole = max(one.ended_at - one.began_at, 1e-9)
-                total += (one.sampled * self.sampled_s + one.context * self.context_s) * min(1.0, inside / whole)
+                total += work * min(1.0, inside / max(one.ended_at - served_from, 1e-9))
         return total
