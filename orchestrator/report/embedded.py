@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,16 +103,21 @@ def _item(choice: Picked, trajectory: Trajectory, tokenizer: Tokenizer | None, m
         "status": str(trajectory.status),
         "error": trajectory.error,
         "dropped": episode.dropped,
-        "reward": trajectory.reward,
-        "parts": {name: round(value, 4) for name, value in trajectory.reward_parts.items()},
+        "reward": _finite(trajectory.reward, 6),
+        "parts": {name: _finite(value, 4) for name, value in trajectory.reward_parts.items()},
         "step": episode.trained_at,
         "lag": episode.lag,
         "length": len(trajectory),
         "sampled": trajectory.sampled_tokens,
         "cut": max(0, len(trajectory) - MAX_TOKENS_EACH),
-        "timings": {name: round(seconds, 3) for name, seconds in trajectory.timings.items()},
+        "timings": {name: _finite(seconds, 3) for name, seconds in trajectory.timings.items()},
         "turns": turns,
     }
+
+
+def _finite(value: float | None, digits: int) -> float | None:
+    """Rounded; None for what JSON cannot say (not a number, infinite)."""
+    return None if value is None or not math.isfinite(value) else round(value, digits)
 
 
 def token_kinds(trajectory: Trajectory, episode: Episode, max_lag: int | None) -> npt.NDArray[np.int8]:
@@ -156,6 +162,6 @@ def _tokens(
     return {
         "text": [pieces[position] for position in index.tolist()],
         "runs": runs,
-        "logprobs": [round(float(value), 2) for value in trajectory.logprobs[sampled]],
+        "logprobs": [_finite(float(value), 2) for value in trajectory.logprobs[sampled]],
         "cut": int(end - start - len(index)),
     }

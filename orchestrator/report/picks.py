@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,8 @@ class _Best:
 
 
 def _reward(picked: Picked, sign: float) -> float | None:
-    return None if picked.episode.reward is None else sign * picked.episode.reward
+    reward = picked.episode.reward
+    return None if reward is None or not math.isfinite(reward) else sign * reward
 
 
 def _lost(picked: Picked) -> float | None:

@@ -182,6 +182,29 @@ def test_tokens_of_an_evaluation_are_not_called_trained(run: RunDirectory) -> No
     assert token_kinds(record, Episode("e", "e", source="eval 5"), 2).tolist() == [CONTEXT, UNTRAINED]
 
 
+def test_numbers_that_json_cannot_say_do_not_cost_the_report(run: RunDirectory) -> None:
+    journal = Journal(run.journal)
+    nan, endless = float("nan"), float("-inf")
+    odd = Trajectory(
+        trajectory_id="odd-0/0",
+        episode_id="odd-0",
+        group_id="odd",
+        task_id="t",
+        tokens=np.zeros(2, np.int32),
+        trainable=np.ones(2, np.bool_),
+        logprobs=np.array([nan, endless], np.float32),
+        versions=np.zeros(2, np.int32),
+        reward=nan,
+        timings={"total": 1e6},
+    )
+    journal.append("late", encode(make_entry([odd])))
+    journal.close()
+    items = {item["episode"]: item for item in embed(run, survey(run).picked, 2).items}
+    assert items["odd-0"]["reward"] is None
+    assert items["odd-0"]["turns"][0]["logprobs"] == [None, None]
+    assert json.dumps(list(items.values()), allow_nan=False)
+
+
 def test_the_page_has_room_for_so_many_tokens(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.report import embedded
 
