@@ -226,18 +226,8 @@ def _validate_synthetic(config: Config) -> None:
             "run.deterministic=true: synthetic engines follow the clock; the same seed gives the same episodes, not the "
             "same run bit for bit; set it to false"
         )
+    _validate_scales(config)
     engine, learner = config.engines.synthetic, config.learner.synthetic
-    for name in ("time_scale", "token_scale"):
-        if getattr(engine, name) != getattr(learner, name):
-            raise ValueError(
-                f"engines.synthetic.{name}={getattr(engine, name):g} and learner.synthetic.{name}="
-                f"{getattr(learner, name):g} must be equal: they model one cluster"
-            )
-        if config.tasks.environment == "workload" and config.tasks.options.get(name, 1.0) != getattr(engine, name):
-            raise ValueError(
-                f"tasks.options.{name}={config.tasks.options.get(name, 1.0):g} and engines.synthetic.{name}="
-                f"{getattr(engine, name):g} must be equal: tools and engines run in the same time"
-            )
     if config.model.path is None and config.model.recipe != "synthetic":
         raise ValueError(
             f"model.recipe={config.model.recipe}: synthetic engines sample from a vocabulary of their own; set "
@@ -254,6 +244,21 @@ def _validate_synthetic(config: Config) -> None:
             f"mode=sync: the engines' {together} accelerators (engines.replicas x engines.synthetic.accelerators) train in "
             f"turns, so learner.synthetic.accelerators must be {together} (is {learner.accelerators})"
         )
+
+
+def _validate_scales(config: Config) -> None:
+    engine, learner = config.engines.synthetic, config.learner.synthetic
+    for name in ("time_scale", "token_scale"):
+        if getattr(engine, name) != getattr(learner, name):
+            raise ValueError(
+                f"engines.synthetic.{name}={getattr(engine, name):g} and learner.synthetic.{name}="
+                f"{getattr(learner, name):g} must be equal: they model one cluster"
+            )
+        if config.tasks.environment == "workload" and config.tasks.options.get(name, 1.0) != getattr(engine, name):
+            raise ValueError(
+                f"tasks.options.{name}={config.tasks.options.get(name, 1.0):g} and engines.synthetic.{name}="
+                f"{getattr(engine, name):g} must be equal: tools and engines run in the same time"
+            )
 
 
 def _validate_deterministic(config: Config) -> None:
