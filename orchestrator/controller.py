@@ -231,7 +231,14 @@ class Controller:
         first = await self._first_token_at()
         await self._pulses.ask_all()
         return self.progress.finish(
-            status, error, ledger, first, self._supervisor.replaced, self._accountant, self._watchdog.stalls
+            status,
+            error,
+            ledger,
+            first,
+            self._supervisor.replaced,
+            self._accountant,
+            self._watchdog.stalls,
+            self._pulses.prefix_hit(),
         )
 
     async def _first_token_at(self) -> float | None:

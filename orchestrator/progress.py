@@ -175,6 +175,7 @@ class Progress:
         replaced: int,
         accountant: Accountant,
         stalls: list[dict[str, Any]],
+        prefix_hit: float | None = None,
     ) -> dict[str, Any]:
         """Write `summary.json` and return it."""
         self.phase = status
@@ -197,6 +198,7 @@ class Progress:
             "ledger": ledger.get("groups", {}),
             "tokens": {key: tokens.get(key, 0) for key in ("generated", "trained", "masked", "wasted")},
             "lengths_ks": ledger.get("ks"),
+            "prefix_hit": prefix_hit,
             "episodes": dict(self._episodes),
             "actors_replaced": replaced,
             "learner_starved_s": round(accountant.attribution.starved_s, 2),

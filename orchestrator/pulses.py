@@ -66,6 +66,12 @@ class Pulses:
         now = time.monotonic()
         return {name: now - at for name, at in self._asked_in_vain.items() if now - at >= least_s}
 
+    def prefix_hit(self) -> float | None:
+        """Share of the prompt tokens of all living engines whose KV was there already; None when there were none."""
+        cached = sum(answer.get("cached_tokens", 0) for answer in self.live.values())
+        computed = sum(answer.get("prefill_tokens", 0) for answer in self.live.values())
+        return cached / (cached + computed) if cached + computed else None
+
     async def _ask(self, actor: Actor) -> Pulse | None:
         name = actor.name
         asked_at = time.monotonic()
@@ -96,6 +102,8 @@ def _described(role: str, answer: Any) -> dict[str, Any]:
             "waiting": health.waiting,
             "kv_used": health.kv_used,
             "generated_tokens": health.generated_tokens,
+            "cached_tokens": health.cached_tokens,
+            "prefill_tokens": health.prefill_tokens,
         }
     if role == "worker":
         stats = decode(answer, WorkerStats)

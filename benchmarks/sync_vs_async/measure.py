@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from benchmarks.sync_vs_async.evidence import Evidence, Generation, Sample, Step
@@ -93,6 +92,10 @@ class Window:
     """Accelerator-seconds (analytic) of what was trained in it."""
     makespan_s: float
     """Mean time from a step's first request to its last token (of use where steps do not overlap)."""
+    training_from: float = 0.0
+    """When training began (Unix seconds)."""
+    before: Step | None = None
+    """The step before the first."""
 
     @property
     def step_s(self) -> float:
@@ -119,7 +122,13 @@ def window_of(evidence: Evidence, costs: UnitCosts, skip: int, leave: int) -> Wi
         rollout_s=costs.generated_s(useful, began_at, ended_at),
         training_s=costs.training_s(sample for step in steps for sample in step.samples),
         makespan_s=sum(spans) / len(spans),
+        training_from=_training_from(evidence.steps[0]),
+        before=evidence.steps[skip - 1] if skip > 0 else None,
     )
+
+
+def _training_from(first: Step) -> float:
+    return first.ended_at - float(first.metrics.get("time/step_s", 0.0))
 
 
 def _first_request(samples: Sequence[Sample]) -> float:
@@ -211,7 +220,7 @@ def row_of(
     tokens = summary.get("tokens", {})
     generated = tokens.get("generated", 0)
     waste = tokens.get("wasted", 0) / generated if generated else 0.0
-    idle = {str(cause): float(share) for cause, share in summary.get("idle", {}).items()}
+    idle = idle_shares(window) or {str(cause): float(share) for cause, share in summary.get("idle", {}).items()}
     return ModeRow(
         mode=mode,
         step_s=step_s,
@@ -225,13 +234,31 @@ def row_of(
         waste=waste,
         masked=masked,
         ks=float(window.steps[-1].metrics.get("lengths/ks") or summary.get("lengths_ks") or 0.0),
-        prefix_hit=float(summary.get("prefix_hit", 0.0)),
+        prefix_hit=float(summary.get("prefix_hit") or 0.0),
         exposed_sync=idle.get("weight_stall", 0.0),
         idle=idle,
     )
 
 
-def step_seconds(window: Window) -> list[float]:
-    """Wall seconds of each step of a window."""
-    ends = [window.began_at, *(step.ended_at for step in window.steps)]
-    return [later - earlier for earlier, later in pairwise(ends)]
+IDLE = "idle/"
+
+
+def idle_shares(window: Window) -> dict[str, float]:
+    """Shares of all accelerator-seconds of the window by the cause of standing still.
+
+    Each step's metrics have them for the training so far; those at the window's two ends, weighted with the time until
+    then, give the window's own. Empty when the steps tell none.
+    """
+    last = window.steps[-1]
+    causes = [key.removeprefix(IDLE) for key in last.metrics if key.startswith(IDLE)]
+    until_end = window.ended_at - window.training_from
+    until_begin = window.began_at - window.training_from if window.before is not None else 0.0
+    length = until_end - until_begin
+    if length <= 0:
+        return {}
+    before = window.before.metrics if window.before is not None else {}
+    shares = {
+        cause: (last.metrics[IDLE + cause] * until_end - before.get(IDLE + cause, 0.0) * until_begin) / length
+        for cause in causes
+    }
+    return {cause: round(share, 5) for cause, share in shares.items() if share > 0}

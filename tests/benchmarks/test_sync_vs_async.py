@@ -180,6 +180,14 @@ def test_tokens_beyond_the_bound_are_masked_and_lower_what_is_useful() -> None:
     assert row.exposed_sync == 0.05
 
 
+def test_idle_shares_are_those_of_the_window() -> None:
+    # Training began at 0. Until 10 s a quarter of the time was lost to stragglers; until 30 s a half: so 62.5 % in between.
+    told = [{"time/step_s": 10.0, "idle/straggler": 0.25}, {"idle/straggler": 0.4}, {"idle/straggler": 0.5}]
+    steps = [Step(n, 10.0 * (n + 1), metrics, (sample("g", 0.0, 1.0, 10, 0, 0),)) for n, metrics in enumerate(told)]
+    window = measure.window_of(Evidence(steps, list(steps[0].samples)), COSTS, 1, 0)
+    assert measure.idle_shares(window) == {"straggler": pytest.approx(0.625)}
+
+
 def test_dropped_groups_are_no_useful_work() -> None:
     evidence = sync_evidence()
     evidence.samples.append(sample("dropped", 10.0, 20.0, 10_000, 0, 1))
