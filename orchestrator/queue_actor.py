@@ -41,6 +41,9 @@ from experience.wire import decode, encode
 INLINE_BYTES = 128 << 10
 """What is written without a thread: handing it over would take longer."""
 
+BUFFER_BYTES = 8 << 20
+"""What the journal holds back at most while the thread writes."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,7 +85,9 @@ class QueueActor:
 
         Returns what is still in flight (encoded list of `InFlight`); counters are in `ledger`.
         """
-        journal = Journal(self._journal_directory) if self._journal_directory is not None else None
+        journal = (
+            Journal(self._journal_directory, buffer_bytes=BUFFER_BYTES) if self._journal_directory is not None else None
+        )
         if committed_step is None or journal is None:
             self._queue = ExperienceQueue(self._config, self._policy, journal=journal)
         else:
