@@ -63,14 +63,15 @@ class StallWatch:
 
     def trained(self, now: float) -> None:
         """A step is done."""
-        if self._stepped and not self.warned:
+        if self._stepped:
             self._steps.append(now - self.since)
         self._stepped = True
         self.since, self._warned_s = now, 0.0
 
     def episode(self, seconds: float) -> None:
-        """An episode took that long."""
-        self._episodes.append(seconds)
+        """An episode took that long. Those that a stall held up are no measure."""
+        if not self.warned:
+            self._episodes.append(seconds)
 
     def expected_s(self) -> float:
         """How long a step may take before somebody should look."""

@@ -32,6 +32,9 @@ from experience.slots import FREE, Doing
 PEAK_HALF_LIFE_S = 30.0
 """After that time without them, slots that were in use count half as slots that could be."""
 
+NO_SLOTS = 1e-9
+"""Slot-seconds that are none."""
+
 ELSEWHERE = {
     Doing.ENVIRONMENT: Cause.ENVIRONMENT,
     Doing.REWARD: Cause.REWARD,
@@ -132,7 +135,7 @@ def _share(part: float, whole: float) -> float:
 
 def _proportion(seconds: float, weights: Mapping[Cause, float], otherwise: Cause) -> dict[Cause, float]:
     total = sum(weights.values())
-    if total <= 0:
+    if total < NO_SLOTS:
         return {otherwise: seconds}
     return {cause: seconds * weight / total for cause, weight in weights.items()}
 

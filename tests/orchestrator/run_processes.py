@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from experience.accounting import Span, read_timeline
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
 ACTORS = {
@@ -122,6 +124,23 @@ def training_lines(directory: Path) -> list[dict[str, Any]]:
 def summary_of(directory: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     return summary
+
+
+def assert_accounted(directory: Path, killed: tuple[str, ...] = ()) -> None:
+    """Every actor's seconds add up to its wall-clock, in the timeline and in the summary; those killed lost some."""
+    lanes: dict[str, list[Span]] = {}
+    for span in read_timeline(directory / "timeline"):
+        lanes.setdefault(span.lane, []).append(span)
+    accounting = summary_of(directory)["accounting"]
+    assert {lane.partition("-")[0] for lane in lanes} == set(ACTORS)
+    assert accounting.keys() == lanes.keys()
+    for lane, spans in lanes.items():
+        wall_s = max(span.ended_at for span in spans) - min(span.began_at for span in spans)
+        assert abs(sum(span.ended_at - span.began_at for span in spans) - wall_s) < 0.01 * wall_s, lane
+        told_s = sum(accounting[lane].values())
+        assert abs(told_s - wall_s) < 0.01 * wall_s + 1.5, lane  # the timeline goes on after the summary
+        if lane.partition("-")[0] in killed:
+            assert accounting[lane]["failure"] > 0, lane
 
 
 def assert_balanced(summary: dict[str, Any]) -> None:
