@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from env_pool.workloads.scripts import FAULT_ENGINE_KILL_EVERY_S
 from orchestrator.composition import ConfigError
 from orchestrator.config import Config, load
 
@@ -94,7 +95,17 @@ CLUSTERS = {
         Cluster("swe", groups=32, in_flight=176, target_lag=2.5, time_scale=40.0),
         Cluster("long", groups=32, in_flight=208, target_lag=4.0, time_scale=150.0, warm_up=5),
         Cluster("mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=50.0, warm_up=5),
-        Cluster("fault", groups=32, in_flight=176, target_lag=2.5, time_scale=40.0, replicas=4, kill_every_s=300.0),
+        Cluster(
+            "fault",
+            groups=32,
+            in_flight=176,
+            target_lag=2.0,
+            time_scale=12.0,  # a replacement takes real seconds, and no more than five of a role come within two minutes
+            replicas=4,
+            warm_up=2,
+            window=3,
+            kill_every_s=FAULT_ENGINE_KILL_EVERY_S,
+        ),
         Cluster(
             "burst", groups=625, in_flight=10_000, target_lag=3.0, time_scale=10.0, warm_up=0, window=4, sync_steps=4
         ),
