@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from experience.accounting import read_timeline
+from orchestrator.accounting.words import idle_in_words
 from orchestrator.report.embedded import embed
-from orchestrator.report.facts import gather
+from orchestrator.report.facts import Facts, gather
 from orchestrator.report.journals import survey
 from orchestrator.report.page import Content, render
 from orchestrator.report.timeline import make_timeline
-from orchestrator.report.words import idle_words
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
 
 REPORT = "report.html"
@@ -30,9 +30,17 @@ def make_report(run: RunDirectory, *, seed: int = 0) -> str:
         survey=found,
         timeline=make_timeline(read_timeline(run.path / "timeline")),
         embedded=embed(run, found.picked, facts.max_lag),
-        idle_words=idle_words(facts),
+        idle_words=_idle_words(facts),
     )
     return render(content)
+
+
+def _idle_words(facts: Facts) -> list[str]:
+    """Where the idle time of engines and learner went; nothing when the run kept no accounts."""
+    starved_s = (facts.summary or {}).get("learner_starved_s")
+    mode = str(facts.config.get("mode", ""))
+    told = float(starved_s) if isinstance(starved_s, int | float) else 0.0
+    return idle_in_words(facts.idle, mode, told) if facts.idle else []
 
 
 @click.command("report")

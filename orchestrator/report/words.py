@@ -6,27 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from experience.accounting import Cause
 from orchestrator.report.facts import Facts
 from orchestrator.report.journals import Survey
 
 SHORT_LEVEL = 0.1
 """A share of tokens wasted or masked above this is worth a warning."""
-
-MEANING: dict[str, str] = {
-    Cause.ENVIRONMENT: "waiting for environments",
-    Cause.REWARD: "waiting for rewards",
-    Cause.QUEUE_FULL: "waiting for space in the queue",
-    Cause.QUEUE_EMPTY: "the learner waiting for groups that were still being generated",
-    Cause.WEIGHT_STALL: "waiting for weights to be copied or published",
-    Cause.STRAGGLER: "waiting for a few slow episodes, while all that may start had started",
-    Cause.PACING: "engines without work, since no group may start before the learner's next version",
-    Cause.STARTUP: "starting up",
-    Cause.SAVE: "saving",
-    Cause.FAILURE: "lost to failures, until the replacement served",
-    Cause.IDLE: "without work for no cause that the accounts know",
-}
-"""Causes of idleness in words."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +70,6 @@ def verdict(facts: Facts, survey: Survey) -> list[Sentence]:
         *_length_bias(facts, survey),
         *_trouble(facts, survey),
     ]
-
-
-def idle_words(facts: Facts) -> list[str]:
-    """Where the idle time of engines and learner went, largest first; nothing when the run kept no accounts."""
-    if not facts.idle:
-        return []
-    worked = 1.0 - sum(facts.idle.values())
-    largest = sorted(((share, cause) for cause, share in facts.idle.items()), reverse=True)
-    lines = [
-        f"{percent(share)}: {MEANING.get(cause, cause.replace('_', ' '))}" for share, cause in largest if share >= 0.005
-    ]
-    head = f"While it trained, engines and learner worked {percent(max(0.0, worked))} of their time."
-    return [f"{head} Where the rest went:" if lines else head, *lines]
 
 
 def _outcome(facts: Facts) -> Sentence:

@@ -8,12 +8,11 @@ import time
 
 import pytest
 
-from experience.accounting import WORK, Cause
 from orchestrator.report.facts import gather, read_logs
 from orchestrator.report.figures import POINTS, series
 from orchestrator.report.journals import survey
 from orchestrator.report.page import json_for_html
-from orchestrator.report.words import MEANING, duration, idle_words, number, percent, verdict
+from orchestrator.report.words import duration, number, percent, verdict
 from orchestrator.run_directory import RunDirectory
 
 
@@ -89,17 +88,11 @@ def test_long_curves_are_thinned_to_means(run: RunDirectory) -> None:
     assert values == pytest.approx([0.5] * POINTS)
 
 
-def test_every_cause_of_idleness_has_words() -> None:
-    assert set(Cause) - WORK == set(MEANING)
-
-
 def test_idle_shares_come_from_the_last_step_where_there_is_no_summary(run: RunDirectory) -> None:
     run.summary.unlink()
     with run.metrics.open("a") as file:
         file.write(json.dumps({"step": 13, "time/step_s": 1.0, "idle/reward": 0.3, "idle/pacing": 0.1}) + "\n")
-    lines = idle_words(gather(run))
-    assert "worked 60 %" in lines[0]
-    assert [line.split(":")[0] for line in lines[1:]] == ["30 %", "10 %"]
+    assert gather(run).idle == {"reward": 0.3, "pacing": 0.1}
 
 
 def test_modelled_engines_are_named_with_their_scales(run: RunDirectory) -> None:

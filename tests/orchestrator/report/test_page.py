@@ -95,8 +95,8 @@ def test_the_page_tells_the_numbers_of_the_summary(finished: RunDirectory, opene
     assert opened.text("#tile-held-out-success") == "0.750"
     for name, count in (("dispatched", 14), ("trained", 12), ("dropped: stale", 1), ("live", 1)):
         assert opened.text(f'[data-ledger="{name}"]') == str(count)
-    assert "worked 75 % of their time" in opened.text("#idle-words")
-    assert "20 %: waiting for environments" in opened.text("#idle-words")
+    assert "useful work in 75.0 %" in opened.text("#idle-words")
+    assert "20.0 %: the episodes were in their environments" in opened.text("#idle-words")
     assert "environment-0" in opened.text("#stalls")
     assert "12 of 12 steps" in opened.text("#verdict")
     assert "1 actor died" in opened.text("#verdict")
