@@ -69,7 +69,7 @@ def episode_rewards(trajectories: Iterable[Trajectory]) -> dict[str, float]:
     for trajectory in trajectories:
         if trajectory.reward is not None and trajectory.status is not Status.SYSTEM_ERROR:
             found.setdefault(trajectory.episode_id, []).append(trajectory.reward)
-    return {episode: float(np.mean(rewards)) for episode, rewards in found.items()}
+    return {episode: sum(rewards) / len(rewards) for episode, rewards in found.items()}
 
 
 def make_samples(group: Group, version: int, max_lag: int, advantage: str) -> GroupSamples:
@@ -89,7 +89,7 @@ def make_samples(group: Group, version: int, max_lag: int, advantage: str) -> Gr
         sampled_tokens=group.sampled_tokens,
         usable_tokens=sum(len(sample.targets) for sample in kept),
         rewards=rewards,
-        version_spans=[len(np.unique(t.versions[t.trainable])) for t in group.trajectories if t.sampled_tokens],
+        version_spans=[len(set(t.versions[t.trainable].tolist())) for t in group.trajectories if t.sampled_tokens],
         unrewarded=len({t.episode_id for t in group.trajectories} - rewards.keys()),
     )
 

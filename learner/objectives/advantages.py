@@ -53,9 +53,8 @@ def trajectory_advantages(
     for index, (group, episode) in enumerate(zip(group_ids, episode_ids, strict=True)):
         members.setdefault(group, {}).setdefault(episode, []).append(index)
     result = np.zeros(len(group_ids))
-    values = np.asarray(rewards, dtype=np.float64)
     for episodes in members.values():
-        per_episode = np.array([values[indices].mean() for indices in episodes.values()])
+        per_episode = np.array([sum(rewards[i] for i in indices) / len(indices) for indices in episodes.values()])
         for advantage, indices in zip(episode_advantages(per_episode, kind), episodes.values(), strict=True):
             result[indices] = advantage
     return result
