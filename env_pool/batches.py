@@ -18,12 +18,15 @@ from typing import Any
 import msgspec
 
 from env_pool.coalesce import Coalescer
+from env_pool.pacing import in_slices
 from experience.wire import decode, encode
 
 COLLECT_HOLD_S = 20.0
 """How long an idle ``collect`` stays open before it returns empty-handed."""
 COLLECT_GRACE_S = 40.0
 """How much longer the client waits for it before it calls the actor lost."""
+MAX_BATCH = 256
+"""Calls that travel together: the actor starts them all in one turn of its event loop."""
 
 
 class Request(msgspec.Struct, array_like=True):
@@ -109,7 +112,7 @@ class Channel:
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._lost: ActorLost | None = None
-        self._line: Coalescer[Request, None] = Coalescer(self._send)
+        self._line: Coalescer[Request, None] = Coalescer(self._send, MAX_BATCH)
         self._collector: asyncio.Task[None] | None = None
 
     async def call(self, body: bytes, timeout_s: float) -> bytes:
@@ -143,7 +146,7 @@ class Channel:
         except _transport_errors() as error:
             self._fail(f"{self._label} is lost: {_first_line(error)}")
             return [None] * len(requests)
-        self._settle(payload)
+        await self._settle(payload)
         if self._waiting and self._collector is None:
             self._collector = asyncio.create_task(self._collect())
         return [None] * len(requests)
@@ -152,7 +155,8 @@ class Channel:
         try:
             while self._waiting:
                 async with asyncio.timeout(COLLECT_HOLD_S + COLLECT_GRACE_S):
-                    self._settle(await self.actor.collect.remote(self._client))
+                    payload = await self.actor.collect.remote(self._client)
+                await self._settle(payload)
         except TimeoutError:
             self._fail(f"{self._label} did not answer within {COLLECT_HOLD_S + COLLECT_GRACE_S:g} s")
         except _transport_errors() as error:
@@ -160,8 +164,8 @@ class Channel:
         finally:
             self._collector = None
 
-    def _settle(self, payload: bytes) -> None:
-        for reply in decode(payload, list[Reply]):
+    async def _settle(self, payload: bytes) -> None:
+        async for reply in in_slices(decode(payload, list[Reply])):
             answer = self._waiting.get(reply.call_id)
             if answer is not None and not answer.done():
                 answer.set_result(reply.body)

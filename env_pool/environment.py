@@ -62,7 +62,7 @@ class Observation(msgspec.Struct, kw_only=True):
     tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
 
-class StepResult(msgspec.Struct, kw_only=True):
+class StepResult(msgspec.Struct, kw_only=True, gc=False):
     """What came of one action."""
 
     observation: str = ""

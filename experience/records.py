@@ -40,7 +40,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     difficulty: int = 0
 
 
-class Turn(msgspec.Struct, frozen=True, kw_only=True):
+class Turn(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens ``start:end`` of a trajectory: one prompt, one generation or one observation, with wall-clock seconds."""
 
     start: int

@@ -1,4 +1,4 @@
-"""Measures how late an actor's event loop is, and writes its vitals to the run directory."""
+"""Measures how late an actor's event loop is, writes its vitals to the run directory, and keeps pauses short."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from experience.vitals import LOOP_LAG, process_vitals
+from orchestrator.garbage import RareCollections
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ async def _take(file: BinaryIO) -> None:
     vitals.take(time.time())
     with file:
         written_at = loop.time()
+        collections = RareCollections(written_at)
         while True:
             due = loop.time() + TICK_S
             await asyncio.sleep(TICK_S)
@@ -49,6 +51,7 @@ async def _take(file: BinaryIO) -> None:
             if now - written_at < WRITE_S:
                 continue
             written_at = now
+            collections.tick(now)
             try:
                 file.write(msgspec.json.encode(vitals.take(time.time())) + b"\n")
             except OSError as error:  # a run does not end because of them

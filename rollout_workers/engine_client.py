@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from env_pool.pacing import in_slices
 from experience.vitals import SUBMIT, process_vitals
 from experience.wire import decode, encode
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
@@ -24,6 +25,9 @@ from rollout_workers.errors import EngineFault
 from rollout_workers.router import Router
 
 logger = logging.getLogger(__name__)
+
+MAX_BATCH = 256
+"""Requests that travel together, unless the run is in lock-step: the engine takes them in one turn of its event loop."""
 
 
 class SubmitBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,10 +243,12 @@ class EngineClient:
         while True:
             await engine.wake.wait()
             engine.wake.clear()
-            batch = SubmitBatch(
-                client=self.client, requests=engine.requests, releases=engine.releases, aborts=engine.aborts
-            )
-            engine.requests, engine.releases, engine.aborts = [], [], []
+            limit = MAX_BATCH if self._barrier is None else len(engine.requests)
+            now, later = engine.requests[:limit], engine.requests[limit:]
+            batch = SubmitBatch(client=self.client, requests=now, releases=engine.releases, aborts=engine.aborts)
+            engine.requests, engine.releases, engine.aborts = later, [], []
+            if later:
+                engine.wake.set()
             self._observe(batch.requests)
             try:
                 await engine.handle.submit(encode(batch))
@@ -269,7 +275,7 @@ class EngineClient:
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, the engine is unusable
                 self.remove_engine(name, error)
                 return
-            for chunk in chunks:
+            async for chunk in in_slices(chunks):
                 self._accept(name, chunk)
 
     def _accept(self, name: str, chunk: TokenChunk) -> None:

@@ -5,6 +5,8 @@ Environment and system faults live in `env_pool.errors`; here are those that a r
 
 from __future__ import annotations
 
+import traceback
+
 
 class EpisodeError(Exception):
     """An episode cannot go on; ``reason`` is the short name under which it is counted."""
@@ -46,3 +48,10 @@ class ChatTemplateMissing(EpisodeError):
     """Messages were observed but the model's tokenizer has no chat template."""
 
     reason = "no_chat_template"
+
+
+def user_error(loop: str, error: Exception) -> str:
+    """The error of user code: its type, message and the innermost lines of its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+    return f"rollout loop {loop!r} raised {type(error).__name__}: {error} ({where})"

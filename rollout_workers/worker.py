@@ -18,13 +18,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from env_pool.coalesce import Coalescer
 from env_pool.errors import Fault
+from env_pool.pacing import Pacer
 from env_pool.registry import load_environment
 from env_pool.rewards.records import RewardResult, RewardSample
 from experience.books import clock, process_books
@@ -39,7 +39,7 @@ from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import EngineClient, EngineHandle
 from rollout_workers.episode import Episode
 from rollout_workers.episode_context import EpisodeContext
-from rollout_workers.errors import ContextFull, EpisodeError, LoopFault, LoopTimeout
+from rollout_workers.errors import ContextFull, EpisodeError, LoopFault, LoopTimeout, user_error
 from rollout_workers.loops import RolloutLoop, load_loop
 from rollout_workers.ports import WorkerPorts, with_loop_parts
 from rollout_workers.slot_generator import SlotGenerator
@@ -90,6 +90,7 @@ class RolloutWorker:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group_of: dict[str, str] = {}
         self._live = 0
+        self._pacer = None if lock_step else Pacer()
         self._counts: Counter[str] = Counter()
         books, now = process_books(), clock()
         self.slots = Slots(books.actor, concurrency, now)
@@ -167,6 +168,8 @@ class RolloutWorker:
 
     async def _run_episode(self, assignment: Assignment, member: int, episode_id: str) -> None:
         async with self._slots[assignment.purpose]:
+            if self._pacer is not None:
+                await self._pacer.turn()
             self._live += 1
             evaluation = assignment.purpose is Purpose.EVALUATE
             self.slots.begin(episode_id, assignment.header.group_id, clock(), evaluation)
@@ -250,7 +253,7 @@ class RolloutWorker:
             status = Status.TRUNCATED
         except TimeoutError as error:
             if not deadline.expired():
-                raise EpisodeFailed(LoopFault.reason, _user_error(self._config.loop, error)) from error
+                raise EpisodeFailed(LoopFault.reason, user_error(self._config.loop, error)) from error
             raise EpisodeFailed(
                 LoopTimeout.reason,
                 f"rollout loop {self._config.loop!r} did not end within rollout.episode_timeout_s={limit:g} s on task "
@@ -263,7 +266,7 @@ class RolloutWorker:
         except JournalError as error:  # it comes through the loop, but is not the loop's
             raise EpisodeFailed("journal_fault", str(error)) from error
         except Exception as error:
-            raise EpisodeFailed(LoopFault.reason, _user_error(self._config.loop, error)) from error
+            raise EpisodeFailed(LoopFault.reason, user_error(self._config.loop, error)) from error
         if not any(builder.sampled for builder in context.builders):
             raise EpisodeFailed(
                 LoopFault.reason,
@@ -390,10 +393,3 @@ def _first_line(error: Exception) -> str:
     """Type and first line of an error, or of the one that Ray brought from another process."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
-
-
-def _user_error(loop: str, error: Exception) -> str:
-    """The error of user code: its type, message and the innermost lines of its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
-    return f"rollout loop {loop!r} raised {type(error).__name__}: {error} ({where})"

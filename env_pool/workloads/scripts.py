@@ -30,8 +30,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from env_pool.tools import nearest
@@ -66,7 +66,7 @@ BURST_TOKENS = 64
 SUITES = ("reason", "swe", "long", "mixed", "fault", "burst")
 
 
-class ScriptedTurn(NamedTuple):
+class ScriptedTurn(msgspec.Struct, frozen=True, gc=False):
     """One turn: the tokens it generates, the seconds its tool takes, the tokens of what the tool returns."""
 
     output_tokens: int
@@ -194,7 +194,7 @@ def _fault(generator: np.random.Generator) -> EpisodeScript:
     script = _swe(generator)
     late = (generator.random(len(script.turns)) < FAULT_TOOL_TIMEOUTS).tolist()
     turns = [
-        turn._replace(tool_s=TOOL_TIMEOUT_S, observation_tokens=LEAST_OBSERVATION, timed_out=True) if is_late else turn
+        ScriptedTurn(turn.output_tokens, TOOL_TIMEOUT_S, LEAST_OBSERVATION, timed_out=True) if is_late else turn
         for turn, is_late in zip(script.turns, late, strict=True)
     ]
     lost = generator.random() < FAULT_LOST_ENVIRONMENTS
