@@ -210,7 +210,12 @@ class Journal(JournalReader):
         return self._end - self._written
 
     def append(self, kind: str, payload: Buffer) -> int:
-        """Adds a record and returns its position. Raises ``JournalError`` when the disk is full."""
+        """Adds a record and returns its position.
+
+        Raises ``JournalError`` when the disk is full and the buffer too; the record was not added then.
+        """
+        if self.pending_bytes >= self._buffer_bytes:
+            self.flush()
         payload = payload if isinstance(payload, bytes) else bytes(payload)
         head = _pack_head(kind, payload)
         size = len(head) + len(payload)
@@ -219,8 +224,6 @@ class Journal(JournalReader):
         position = self.position
         self._pending += (head + payload,) if len(payload) < _JOINED_BYTES else (head, payload)
         self._end += size
-        if self.pending_bytes >= self._buffer_bytes:
-            self.flush()
         return position
 
     @property

@@ -67,6 +67,7 @@ async def _run(settings: Settings) -> dict[str, Any]:
             started.append(system)
             await system.start()
         records = await _rounds(systems, settings)
+        routes = {system.name: system.route for system in systems if isinstance(system, Millrace)}
     finally:
         for system in started:
             await system.stop()
@@ -80,6 +81,7 @@ async def _run(settings: Settings) -> dict[str, Any]:
         packages=(*PACKAGES, "uvloop"),
     )
     result["waiting_consumer"] = waiting_change(rows)
+    result["routes"] = routes
     result["peer_versions"] = {s.name: s.versions for s in systems if isinstance(s, TransferQueue)}
     return result
 
@@ -135,7 +137,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     console.print(
         f"seed {result['seeds'][0]}, {result['settings']['repeats']} repeats, {result['machine']['cpus']} CPUs, "
-        f"load {result['machine']['load_average_1m']}; {result['versions']} {result['peer_versions']}"
+        f"load {result['machine']['load_average_1m']}; routes {result['routes']}; {result['versions']} {result['peer_versions']}"
     )
 
 

@@ -156,6 +156,11 @@ class Millrace(InProcess):
         self._producer: QueueProducer = await producer_for(self._actor)
         self._consumer: QueueConsumer = await consumer_for(self._actor)
 
+    @property
+    def route(self) -> str:
+        """How episodes travelled."""
+        return self._producer.route
+
     async def stop(self) -> None:
         import ray
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -69,7 +70,9 @@ class _Channel(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        set_options(transport.get_extra_info("socket"))
+        connection = transport.get_extra_info("socket")
+        self.network = "unix" if connection.family == socket.AF_UNIX else "tcp"
+        set_options(connection)
         self._transport.set_write_buffer_limits(high=1 << 20)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -186,9 +189,9 @@ class _Client:
         self._next_attempt = 0.0
 
     @property
-    def connected(self) -> bool:
-        """Whether calls go over the socket now."""
-        return self._channel is not None and not self._channel.closed
+    def route(self) -> str:
+        """How calls travel now: ``unix``, ``tcp`` or ``fallback``."""
+        return "fallback" if self._channel is None or self._channel.closed else self._channel.network
 
     def close(self) -> None:
         """End the connection; calls that wait for an answer are made again over the fallback."""
@@ -289,7 +292,7 @@ async def _connect(endpoint: Endpoint) -> _Channel:
     try:
         async with asyncio.timeout(CONNECT_S):
             try:
-                _, channel = await loop.create_unix_connection(lambda: _Channel(endpoint.token), endpoint.local)
+                channel = await _connect_local(endpoint)
             except OSError:
                 if not endpoint.port:
                     raise
@@ -301,4 +304,18 @@ async def _connect(endpoint: Endpoint) -> _Channel:
         raise ConnectionError(
             f"no connection to the queue at {endpoint.host}:{endpoint.port} within {CONNECT_S:g} s"
         ) from None
+    return channel
+
+
+async def _connect_local(endpoint: Endpoint) -> _Channel:
+    """Over the Unix socket, connected by hand: not every event loop takes an abstract name."""
+    loop = asyncio.get_running_loop()
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        connection.connect(endpoint.local)
+        _, channel = await loop.create_unix_connection(lambda: _Channel(endpoint.token), sock=connection)
+    except OSError:
+        connection.close()
+        raise
     return channel

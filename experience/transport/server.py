@@ -64,7 +64,9 @@ class QueueServer:
         """Listen; returns where. Raises ``OSError`` when the address cannot be used."""
         loop = asyncio.get_running_loop()
         local = f"\0millrace-queue-{secrets.token_hex(12)}"
-        self._servers.append(await loop.create_unix_server(lambda: _Connection(self), local))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(local)  # by hand: not every event loop takes an abstract name
+        self._servers.append(await loop.create_unix_server(lambda: _Connection(self), sock=listener))
         port = 0
         if host:
             server = await loop.create_server(lambda: _Connection(self), host, 0)

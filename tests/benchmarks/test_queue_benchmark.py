@@ -28,6 +28,8 @@ def test_every_system_and_case_is_measured_and_drawn(tmp_path: Path) -> None:
         assert row["gb_per_s"] == pytest.approx(row["items_per_s"] * row["item_bytes"] / 1e9, abs=1e-4)
         assert 0 < row["p50_ms"] <= row["p99_ms"]
     assert {change["system"] for change in result["waiting_consumer"]} == systems
+    expected = {"millrace": "unix", "millrace, no journal": "unix", "millrace over Ray calls": "fallback"}
+    assert result["routes"] == expected
     assert result["machine"]["cpus"]
     assert result["versions"]["ray"]
     assert "put single" in done.output

@@ -241,3 +241,13 @@ def test_a_segment_that_cannot_reach_the_disk_is_told(tmp_path: Path, monkeypatc
         journal.append("add", b"x" * 900)
     with pytest.raises(JournalError, match=r"cannot write the journal.*Input/output error"):
         journal.flush(sync=True)
+
+
+def test_a_record_that_the_full_buffer_refuses_is_not_added(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, buffer_bytes=100)
+    journal.append("add", b"x" * 200)
+    with full_disk(at_bytes=64), pytest.raises(JournalError, match="Free space"):
+        journal.append("add", b"refused")
+    journal.append("add", b"refused")
+    journal.close()
+    assert payloads_of(JournalReader(tmp_path)) == [b"x" * 200, b"refused"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 from experience_builders import entry, header
 
 from experience import wire
@@ -26,6 +27,13 @@ from experience.transport.server import QueueServer
 from orchestrator.queue_actor import QueueActor
 
 ROOM = QueueConfig(min_size=1)
+
+
+@pytest.fixture(params=[uvloop.EventLoopPolicy, asyncio.DefaultEventLoopPolicy], ids=["uvloop", "asyncio"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """Actors run on uvloop where Ray finds it."""
+    policy: asyncio.AbstractEventLoopPolicy = request.param()
+    return policy
 
 
 class Side:
@@ -83,6 +91,7 @@ async def test_groups_arrive_as_they_were_added(network: str, tmp_path: Path) ->
         producer, consumer = side.producer(), side.consumer()
         large = [entry("g1", f"g1-{position}", padding=200_000) for position in range(2)]
         assert await producer.add([*episodes(0), *large]) == [Added.ACCEPTED] * 4
+        assert producer.route == network
         assert await producer.add(episodes(0)[:1]) == [Added.DUPLICATE]
         assert await producer.add([entry("g9", "g9-0")]) == [Added.UNKNOWN]
         groups = [wire.decode_group(data) for data in await consumer.lease("learner", 5, 0, 10.0)]
