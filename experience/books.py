@@ -70,7 +70,14 @@ class Books:
         return account
 
     def adopt(self, lane: Lane, since: float) -> None:
-        """Keep ``lane``, which counts from ``since`` on; the time before that is start-up (and failure)."""
+        """Keep ``lane``, which counts from ``since`` on; the time before that is start-up (and failure).
+
+        In place of one of the same name it goes on from that one's last write.
+        """
+        if lane.lane in self._lanes:
+            self._before[lane.lane] = self._totals.get(lane.lane, self._before[lane.lane])
+            self._lanes[lane.lane] = lane
+            return
         spans = []
         died_at = self._died_at.pop(lane.lane, self._began_at)
         if died_at < self._began_at:

@@ -143,9 +143,9 @@ def _groups(builder: _Builder, groups: Sequence[GroupPath], steps: dict[int, Ste
             details = {"episodes": len(group.members), "trained at step": group.step}
             builder.slice(GROUPS, row, group.group_id, group.began_at, group.ended_at, None, details)
             step = steps.get(group.step) if group.step is not None else None
-            if step is not None:
+            middle = (group.began_at + group.ended_at) / 2
+            if step is not None and middle <= step.ended_at:
                 arrive = min(max(group.ended_at, step.began_at), step.ended_at)
-                middle = (group.began_at + group.ended_at) / 2
                 builder.arrow(
                     group.group_id,
                     ("controller", "dispatch", dispatched_at),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from experience.accounting import Account, Cause, Span, TimelineWriter, read_timeline, thin
 from experience.books import BYTES, Books
 from experience.slots import FREE, Doing, Slots
+from learner.training_lane import TrainingLane
 
 CAUSES = st.sampled_from(list(Cause))
 STEPS = st.lists(st.tuples(CAUSES, st.floats(0.0, 5.0)), min_size=1, max_size=60)
@@ -156,3 +157,20 @@ def test_what_has_lasted_longest_comes_first_and_asked_groups_before_others() ->
     slots.move("old", Doing.REWARD, 4.0)
     assert [wait.episode_id for wait in slots.waits(set(), 3)] == ["middle", "young", "old"]
     assert [(wait.episode_id, wait.doing) for wait in slots.waits({"g0"}, 1)] == [("old", Doing.REWARD)]
+
+
+def test_a_lane_that_is_shared_out_in_another_way_goes_on(tmp_path: Path) -> None:
+    """As a synthetic learner's: training, which is modelled, is laid over what its actor does."""
+    books = Books("learner-0", 0.0, tmp_path)
+    account = books.account(now=1.0)
+    books.write(3.0)
+    account.switch(Cause.QUEUE_EMPTY, 4.0)
+    training = iter([[(6.0, 9.0)], [(12.0, 13.0)]])
+    books.adopt(TrainingLane(account, training.__next__), account.began_at)
+    books.write(8.0)
+    books.write(14.0)
+    seconds = {Cause.STARTUP: 4.0, Cause.QUEUE_EMPTY: 6.0, Cause.TRAIN: 4.0}
+    assert books.totals(14.0)["learner-0"] == pytest.approx(seconds)
+    spans = read_timeline(tmp_path)
+    assert by_cause(spans) == pytest.approx(seconds)
+    assert all(before.ended_at == after.began_at for before, after in itertools.pairwise(spans))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from trace_checks import check_trace
 
 from experience.accounting import Span, read_timeline
 
@@ -141,6 +142,13 @@ def assert_accounted(directory: Path, killed: tuple[str, ...] = ()) -> None:
         assert abs(told_s - wall_s) < 0.01 * wall_s + 1.5, lane  # the timeline goes on after the summary
         if lane.partition("-")[0] in killed:
             assert accounting[lane]["failure"] > 0, lane
+
+
+def assert_traced(directory: Path, groups: int) -> None:
+    """`millrace trace` makes a sound file of the run, with an arrow for each trained group."""
+    assert MillraceProcess("trace", str(directory), directory=directory.with_name("trace")).wait(60) == 0
+    events = check_trace(directory / "trace.json")["traceEvents"]
+    assert sum(event["ph"] == "f" for event in events) == groups
 
 
 def assert_balanced(summary: dict[str, Any]) -> None:

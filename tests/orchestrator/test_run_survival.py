@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_processes import MillraceProcess, assert_accounted, assert_balanced, summary_of, training_lines
+from run_processes import MillraceProcess, assert_accounted, assert_balanced, assert_traced, summary_of, training_lines
 
 SMALL = [
     "rollout.groups_per_update=4",
@@ -36,6 +36,7 @@ def test_kill_9_of_each_kind_of_actor_does_not_end_the_run(tiny_model: Path, tmp
     assert summary["lag_max"] <= summary["max_lag"]
     assert len(training_lines(run)) == 60
     assert_accounted(run, killed=("worker", "engine", "environment", "reward"))
+    assert_traced(run, 60 * 4)
     for role in ("worker", "engine", "environment", "reward"):
         assert f"{role}-0 is back" in process.output or "replacing it" in process.output
         assert (run / "logs" / f"{role}-0-1.log").exists()
