@@ -96,9 +96,10 @@ def build_trace(sources: TraceSources, zero: float, episodes: bool = False) -> d
     lanes = _lanes(sources.spans, notes)
     builder = _Builder(zero)
     for lane, spans in lanes.items():
-        process = role_of(lane)
+        process, at = role_of(lane), 0.0
         for span in spans:
-            builder.slice(process, lane, span.cause.value, span.began_at, span.ended_at, COLOURS.get(span.cause.value))
+            begin, at = max(span.began_at, at), max(span.ended_at, at)  # the file rounds: slices must not overlap
+            builder.slice(process, lane, span.cause.value, begin, at, COLOURS.get(span.cause.value))
     for counter in sources.counters:
         builder.counter(counter.name, counter.at, counter.value)
     steps = {step.number: step for step in sources.steps}
