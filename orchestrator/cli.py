@@ -159,13 +159,21 @@ def resume(run: str, overrides: tuple[str, ...], checkpoint: str | None) -> None
 
 @main.command("plan")
 @click.argument("config", nargs=-1)
+@click.option(
+    "--from", "run", type=click.Path(file_okay=False, path_type=Path), help="A finished run to calibrate from."
+)
 @_guarded
-def plan_command(config: tuple[str, ...]) -> None:
-    """Say what a run will need and where its lag will settle, before it is started."""
+def plan_command(config: tuple[str, ...], run: Path | None) -> None:
+    """Say what a run will need, how fast it will be, what limits it and where its lag will settle, before it is started.
+
+    CONFIG may be left out with --from: it is then the run's own.
+    """
     from orchestrator import plan
 
+    if run is not None and not [argument for argument in config if "=" not in argument]:
+        config = (str(RunDirectory.open(str(run)).config), *config)
     settings = _load(config)
-    Console().print(plan.render(plan.make_plan(settings)))
+    Console().print(plan.render(plan.make_plan(settings, run)))
 
 
 @main.command("simulate")

@@ -20,13 +20,12 @@ from experience.config import OnViolation, QueueOrder
 from experience.staleness import Pacing
 from orchestrator.composition import ConfigError
 from orchestrator.config import Config, validate
+from orchestrator.planning.forecast import Forecast
+from orchestrator.planning.measured import Measured, measure
+from orchestrator.planning.memory import MEBIBYTE, TOKEN_BYTES, TRAJECTORY_BYTES
+from orchestrator.planning.synthetic import forecast_of, forecast_rows, forecast_warnings, measured_rows, table_of
 from orchestrator.view import count, size
 
-TOKEN_BYTES = 13
-"""Of a token in a trajectory: id 4, trainable 1, log-probability 4, version 4."""
-TRAJECTORY_BYTES = 1024
-"""Allowance for the rest of a trajectory: ids, turns, timings, reward parts."""
-MEBIBYTE = 1 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -73,22 +72,30 @@ class Plan:
     weight_bytes: int | None
     """One published version; None as above."""
     warnings: list[str] = field(default_factory=list)
+    forecast: Forecast | None = None
+    """What the run will be like; None unless it models its cluster and its workload."""
+    measured: Measured | None = None
+    """What a run that was made says."""
+    host_bytes: int = 0
+    """Upper bound of trajectories in the memory of workers and queue together."""
 
 
-def make_plan(config: Config) -> Plan:
-    """What ``config`` implies.
+def make_plan(config: Config, run: Path | None = None) -> Plan:
+    """What ``config`` implies; ``run``: the directory of a finished run to calibrate from.
 
     Raises:
-        ConfigError: The config is not valid, or ``model.path`` has no usable ``config.json``.
+        ConfigError: The config is not valid, ``model.path`` has no usable ``config.json``, or ``run`` no accounts.
     """
     validate(config)
+    modelled = config.engines.kind == "synthetic" and config.tasks.environment == "workload"
+    expected = forecast_of(config) if modelled else None
     rollout, engines = config.rollout, config.engines
     allowed = Pacing(rollout.groups_per_update, config.staleness.target_lag).limit(0)
     in_flight = min(allowed, math.ceil(rollout.concurrency / rollout.group_size))
     group_bytes = rollout.group_size * (rollout.max_episode_tokens * TOKEN_BYTES + TRAJECTORY_BYTES)
     episodes = rollout.groups_per_update * rollout.group_size
-    shape = model_shape(model_directory(config))
-    slots = engines.slots * engines.replicas
+    shape = None if config.engines.kind == "synthetic" else model_shape(model_directory(config))
+    slots = _slots(config)
     kv = shape.kv_bytes_per_token(_element_bytes(config)) * slots * engines.max_len if shape else None
     return Plan(
         mode=config.mode,
@@ -105,7 +112,14 @@ def make_plan(config: Config) -> Plan:
         kv_slots=slots,
         kv_bytes=kv,
         weight_bytes=shape.weight_bytes if shape else None,
-        warnings=[*_flow_warnings(config, allowed), *_size_warnings(config, group_bytes)],
+        warnings=[
+            *_flow_warnings(config, allowed),
+            *_size_warnings(config, group_bytes),
+            *(forecast_warnings(config, expected) if expected else []),
+        ],
+        forecast=expected,
+        measured=measure(run) if run is not None else None,
+        host_bytes=(allowed + in_flight) * group_bytes,
     )
 
 
@@ -113,7 +127,7 @@ def _flow_warnings(config: Config, allowed: int) -> list[str]:
     """Settings under which episodes wait for each other, or for a bound."""
     rollout, staleness = config.rollout, config.staleness
     episodes = rollout.groups_per_update * rollout.group_size
-    slots = config.engines.slots * config.engines.replicas
+    slots = _slots(config)
     warnings = []
     if rollout.concurrency < episodes:
         warnings.append(
@@ -125,7 +139,7 @@ def _flow_warnings(config: Config, allowed: int) -> list[str]:
             f"rollout.concurrency={rollout.concurrency} is never reached: staleness.target_lag={staleness.target_lag:g} "
             f"lets {allowed * rollout.group_size} episodes be in flight"
         )
-    if slots < rollout.concurrency:
+    if config.engines.kind != "synthetic" and slots < rollout.concurrency:
         warnings.append(
             f"the engines hold {slots} sequences (engines.slots x engines.replicas) for {rollout.concurrency} episodes: "
             "the others wait, and prompts are computed again"
@@ -204,6 +218,14 @@ def model_shape(directory: Path | None) -> ModelShape | None:
         raise ConfigError(f"model.path: {path} has no {error}; it is not the config of a causal LM") from None
 
 
+def _slots(config: Config) -> int:
+    """Sequences that all engines run at once."""
+    if config.engines.kind == "synthetic":
+        synthetic = config.engines.synthetic
+        return config.engines.replicas * synthetic.accelerators * synthetic.slots
+    return config.engines.slots * config.engines.replicas
+
+
 def _element_bytes(config: Config) -> int:
     """Bytes of a KV element; ``auto`` counts as the model's own data type."""
     dtype = config.engines.dtype if config.engines.dtype != "auto" else config.model.dtype
@@ -221,12 +243,17 @@ def render(plan: Plan) -> RenderableType:
     table.add_column(style="dim")
     for name, value, explanation in _rows(plan):
         table.add_row(name, value, explanation)
+    parts: list[Any] = [table]
+    if plan.forecast is not None:
+        parts += [Text("expected, by the cost model", style="bold"), table_of(forecast_rows(plan.forecast))]
+    if plan.measured is not None:
+        parts += [Text("calibrated from a run", style="bold"), table_of(measured_rows(plan.measured))]
     warnings: list[Any] = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
-    return Group(table, *warnings)
+    return Group(*parts, *warnings)
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str]]:
-    unknown = "known once the recipe has made the model"
+    unknown = "known once the recipe has made the model" if plan.forecast is None else "modelled in tokens"
     return [
         ("mode", plan.mode, ""),
         ("episodes an update", str(plan.episodes_per_update), "groups_per_update x group_size"),
@@ -236,6 +263,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("largest lag", str(plan.largest_lag), f"in dispatch order; over {plan.max_lag} no token carries loss"),
         ("micro-batches an update", str(plan.micro_batches), "at most, by learner.token_budget"),
         ("queue", size(plan.queue_bytes), f"at most, of {size(plan.queue_budget_bytes)} (queue.budget_mb)"),
+        ("host memory", size(plan.host_bytes), "of trajectories in workers and queue, at most"),
         ("KV cache", _bytes(plan.kv_bytes), f"{count(plan.kv_slots)} sequences" if plan.kv_bytes else unknown),
         ("weights a version", _bytes(plan.weight_bytes), "published every update" if plan.weight_bytes else unknown),
     ]
