@@ -124,11 +124,11 @@ def _train(
     overrides = [f"mode={mode}", f"seed={seed}", f"run.steps={steps}", f"run.eval_every={settings.eval_every}"]
     overrides += ["run.checkpoint_every=0", f"tasks.held_out={settings.held_out}", *threads.overrides]
     if settings.delay_scale is not None:
-        overrides += [f"tasks.environment={SLOW_SHOP}", f"+tasks.options.{DELAY_SCALE}={settings.delay_scale}"]
+        overrides += [f"tasks.environment={SLOW_SHOP}", f"tasks.options.{DELAY_SCALE}={settings.delay_scale}"]
     if model is not None:
         overrides.append(f"model.path={model.resolve()}")
     overrides += [*(more or []), *settings.overrides]
-    return train(settings.config, [option.removeprefix("+") for option in overrides], directory, settings.timeout_s)
+    return train(settings.config, overrides, directory, settings.timeout_s)
 
 
 def _race(seed: int, sync: FinishedRun, asynchronous: FinishedRun) -> Race:

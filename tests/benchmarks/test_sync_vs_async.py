@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.sync_vs_async import measure
+from benchmarks.sync_vs_async import learning, measure
 from benchmarks.sync_vs_async.campaign import Campaign, SuiteResult
 from benchmarks.sync_vs_async.clusters import (
     CLUSTERS,
@@ -266,6 +266,37 @@ def test_the_race_is_decided_where_the_smoothed_curve_crosses() -> None:
     assert never.ratio is None
     assert median_ratio([race, never, race]) == pytest.approx(0.2)
     assert median_ratio([never, never, race]) is None
+
+
+def test_sync_is_tuned_first_and_both_modes_start_from_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, str]] = []
+
+    def fake(config: str, overrides: list[str], directory: Path, timeout_s: float) -> FinishedRun:
+        given = dict(option.split("=", 1) for option in overrides)
+        calls.append(given)
+        step_s = {"1": 3.0, "2": 2.0}[given["engines.threads"]] if given["mode"] == "sync" else 1.0
+        directory.mkdir(parents=True)
+        written = [json.dumps(line) for line in lines(step_s, {0: 0.2, 10: 0.5, 20: 0.8})]
+        (directory / "metrics.jsonl").write_text("\n".join(written) + "\n")
+        tokens = {"generated": 10, "masked": 1, "wasted": 0}
+        facts = {"steps": 20, "success_after": 0.8, "lag_mean": 1.0, "lag_max": 2, "tokens": tokens}
+        return FinishedRun(directory, 1.0, facts, [])
+
+    monkeypatch.setattr(learning, "train", fake)
+    settings = LearningSettings(steps=20, delay_scale=100.0)
+    result = learning.race_all(settings, [0, 1], tmp_path, lambda text: None)
+    assert result.sync_threads == Threads(2, 2)
+    assert [race.ratio for race in result.races] == [pytest.approx(0.5)] * 2
+    races = calls[len(learning.SYNC_CHOICES) :]
+    assert [call["mode"] for call in races] == ["sync", "async"] * 2
+    assert [call["run.steps"] for call in races] == ["20", "26"] * 2
+    assert "model.path" not in races[0]
+    assert Path(races[1]["model.path"]) == tmp_path / "swe-tools-by-100" / "sync-0" / "model"
+    same = ("tasks.environment", "tasks.options.delay_scale", "tasks.held_out", "run.eval_every", "seed")
+    assert all(races[0][key] == races[1][key] for key in same)
+    assert result.to_dict()["ratio_median"] == pytest.approx(0.5)
 
 
 def test_slow_tools_follow_the_law_and_depend_on_the_attempt_alone() -> None:
