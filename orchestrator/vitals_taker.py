@@ -25,7 +25,7 @@ WRITE_S = 5.0
 @asynccontextmanager
 async def vitals_taken(directory: Path, actor: str) -> AsyncIterator[None]:
     """While the block lasts, the vitals of this process go to ``directory/ACTOR.jsonl`` every ``WRITE_S`` seconds."""
-    taker = asyncio.create_task(_take(_open(directory, actor)))
+    taker = asyncio.create_task(_take(_open(directory, actor), rarely=not actor.startswith("learner")))
     try:
         yield
     finally:
@@ -37,12 +37,13 @@ def _open(directory: Path, actor: str) -> BinaryIO:
     return (directory / f"{actor}.jsonl").open("ab", buffering=0)
 
 
-async def _take(file: BinaryIO) -> None:
+async def _take(file: BinaryIO, rarely: bool) -> None:
+    """``rarely``: full garbage collections are put off (a learner's cycles may hold on to gigabytes of tensors)."""
     loop, vitals = asyncio.get_running_loop(), process_vitals()
     vitals.take(time.time())
     with file:
         written_at = loop.time()
-        collections = RareCollections(written_at)
+        collections = RareCollections(written_at) if rarely else None
         while True:
             due = loop.time() + TICK_S
             await asyncio.sleep(TICK_S)
@@ -51,7 +52,8 @@ async def _take(file: BinaryIO) -> None:
             if now - written_at < WRITE_S:
                 continue
             written_at = now
-            collections.tick(now)
+            if collections is not None:
+                collections.tick(now)
             try:
                 file.write(msgspec.json.encode(vitals.take(time.time())) + b"\n")
             except OSError as error:  # a run does not end because of them
