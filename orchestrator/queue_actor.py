@@ -46,6 +46,9 @@ BUFFER_BYTES = 8 << 20
 
 logger = logging.getLogger(__name__)
 
+SPACE_S = 3600.0
+"""How long a producer waits for space; the run's stall watchdog speaks long before."""
+
 
 class QueueActor:
     """One experience queue. Time is wall-clock seconds; calls carry msgpack."""
@@ -121,7 +124,11 @@ class QueueActor:
             result = self.queue.add(entry, time.time())
             while result is Added.FULL:
                 await self._changed()
-                await self._space.wait(None)
+                if not await self._space.wait(SPACE_S):
+                    raise TimeoutError(
+                        f"episode {entry.episode_id} waited {SPACE_S:g} s for space in the queue "
+                        f"(queue.budget_mb={self._config.budget_mb:g}): the learner takes nothing"
+                    )
                 result = self.queue.add(entry, time.time())
             results.append(result)
         await self._changed()
