@@ -138,7 +138,21 @@ def learning_table(result: LearningResult) -> RenderableType:
     from benchmarks.sync_vs_async.curves import median_ratio
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for name in ("mode", "seed", "steps", "step s", "success", "lag mean", "lag max", "masked", "learner waits", "CPU"):
+    for name in (
+        "mode",
+        "seed",
+        "steps",
+        "step s",
+        "E",
+        "S",
+        "S max",
+        "success",
+        "lag mean",
+        "lag max",
+        "masked",
+        "learner waits",
+        "CPU",
+    ):
         table.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
     for row in result.rows:
         table.add_row(
@@ -146,6 +160,9 @@ def learning_table(result: LearningResult) -> RenderableType:
             str(row["seed"]),
             str(row["steps"]),
             f"{row['step_s']:.3f}",
+            f"{row['E']:.2f}",
+            f"{row['S']:.2f}",
+            f"{row['S_max']:.2f}",
             f"{row['success']:.3f}",
             f"{row['lag_mean']:.2f}",
             str(row["lag_max"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,8 +12,10 @@ from typing import Any
 
 from benchmarks.sync_vs_async.curves import Race, curve_of, median_ratio
 from benchmarks.sync_vs_async.evidence import read_metrics
+from benchmarks.sync_vs_async.learning_bound import SyncStep, against_the_bound, core_seconds
 from benchmarks.sync_vs_async.processes import BenchError, FinishedRun, train
 from benchmarks.sync_vs_async.slow_shop import DELAY_SCALE, SlowShopEnvironment
+from orchestrator.bound import Calibration
 
 SLOW_SHOP = f"{SlowShopEnvironment.__module__}:{SlowShopEnvironment.__name__}"
 TUNING_STEPS = 12
@@ -82,7 +85,7 @@ class LearningResult:
 def race_all(settings: LearningSettings, seeds: list[int], directory: Path, say: Say) -> LearningResult:
     """Tune the synchronous mode, then run both modes for each seed, one run after the other. Raises BenchError."""
     case = directory / settings.case.replace(" ", "-").replace("/", "by")
-    threads, tuning = tune_sync(settings, seeds[0], case, say)
+    threads, tuning, calibration = tune_sync(settings, seeds[0], case, say)
     result = LearningResult(settings, threads, tuning)
     for seed in seeds:
         say(f"{settings.case}, seed {seed}: sync")
@@ -92,12 +95,22 @@ def race_all(settings: LearningSettings, seeds: list[int], directory: Path, say:
         model = sync.directory / "model"
         asynchronous = _train(settings, "async", seed, more, ASYNC_THREADS, case / f"async-{seed}", model)
         result.races.append(_race(seed, sync, asynchronous))
-        result.rows += [learning_row("sync", seed, sync), learning_row("async", seed, asynchronous)]
+        rows = [learning_row("sync", seed, sync), learning_row("async", seed, asynchronous)]
+        steps = _step_lines(sync)[TUNING_SKIP:]
+        bound = SyncStep.of(calibration, steps, rows[0]["step_s"])
+        batch = mean(step["episodes/rewarded"] for step in steps)
+        result.rows += [{**row, **against_the_bound(row, bound, batch)} for row in rows]
     return result
 
 
-def tune_sync(settings: LearningSettings, seed: int, directory: Path, say: Say) -> tuple[Threads, dict[str, float]]:
-    """The threads with which the synchronous mode is fastest, and the step time (seconds) of every choice."""
+def tune_sync(
+    settings: LearningSettings, seed: int, directory: Path, say: Say
+) -> tuple[Threads, dict[str, float], Calibration]:
+    """The threads with which the synchronous mode is fastest, the step time (seconds) of every choice, and w and tau.
+
+    w and tau are those of the run with one thread a role: core-seconds in which the other role does nothing.
+    """
+    calibration: Calibration | None = None
     times: dict[Threads, float] = {}
     model: Path | None = None
     for threads in SYNC_CHOICES:
@@ -107,8 +120,11 @@ def tune_sync(settings: LearningSettings, seed: int, directory: Path, say: Say) 
         run = _train(settings, "sync", seed, TUNING_STEPS, threads, target, model, quiet)
         model = model or run.directory / "model"
         times[threads] = _step_s(run)
+        if calibration is None:
+            calibration = core_seconds(run.summary, _step_lines(run), os.cpu_count() or 1)
+    assert calibration is not None, "there is at least one choice"
     best = min(times, key=lambda threads: times[threads])
-    return best, {f"{threads.engine},{threads.learner}": seconds for threads, seconds in times.items()}
+    return best, {f"{threads.engine},{threads.learner}": seconds for threads, seconds in times.items()}, calibration
 
 
 def _train(
@@ -171,12 +187,21 @@ def learning_row(mode: str, seed: int, run: FinishedRun) -> dict[str, Any]:
         "step_s": _step_s(run),
         "success": summary["success_after"],
         "lag_mean": summary["lag_mean"],
+        "lag_p50": _mean_of(lines, "lag/p50"),
+        "lag_p99": _mean_of(lines, "lag/p99"),
         "lag_max": summary["lag_max"],
         "masked": tokens["masked"] / generated,
         "waste": tokens["wasted"] / generated,
         "ks": summary.get("lengths_ks") or 0.0,
+        "prefix_hit": summary.get("prefix_hit") or 0.0,
         "learner_wait_share": mean(line["time/wait_s"] / line["time/step_s"] for line in lines[TUNING_SKIP:]),
         "idle": dict(summary.get("idle", {})),
         "cpu_share": cpu,
         "machine_cpu_share": machine,
     }
+
+
+def _mean_of(lines: list[dict[str, Any]], key: str) -> float:
+    """The mean over the steps that have the figure; 0 when none has."""
+    values = [float(line[key]) for line in lines[TUNING_SKIP:] if line.get(key) is not None]
+    return mean(values) if values else 0.0

@@ -239,7 +239,9 @@ def lines(step_s: float, evaluations: dict[int, float], pause_s: float = 0.0) ->
     now = 100.0
     for step in range(1, 21):
         now += step_s
-        made.append({"step": step, "time": now, "time/step_s": step_s, "time/wait_s": 0.0})
+        made.append(
+            {"step": step, "time": now, "time/step_s": step_s, "time/wait_s": step_s / 2, "episodes/rewarded": 8.0}
+        )
         if step in evaluations:
             made.append({"step": step, "time": now + pause_s, "eval/success": evaluations[step]})
             now += pause_s
@@ -281,7 +283,9 @@ def test_sync_is_tuned_first_and_both_modes_start_from_one_model(
         written = [json.dumps(line) for line in lines(step_s, {0: 0.2, 10: 0.5, 20: 0.8})]
         (directory / "metrics.jsonl").write_text("\n".join(written) + "\n")
         tokens = {"generated": 10, "masked": 1, "wasted": 0}
+        accounts = {"engine-0": {"decode": 100.0, "prefill": 60.0, "idle": 9.0}, "learner-0": {"train": 80.0}}
         facts = {"steps": 20, "success_after": 0.8, "lag_mean": 1.0, "lag_max": 2, "tokens": tokens}
+        facts["accounting"] = accounts
         return FinishedRun(directory, 1.0, facts, [])
 
     monkeypatch.setattr(learning, "train", fake)
@@ -297,6 +301,13 @@ def test_sync_is_tuned_first_and_both_modes_start_from_one_model(
     same = ("tasks.environment", "tasks.options.delay_scale", "tasks.held_out", "run.eval_every", "seed")
     assert all(races[0][key] == races[1][key] for key in same)
     assert result.to_dict()["ratio_median"] == pytest.approx(0.5)
+    # 20 steps of 8 episodes took 160 core-seconds of rollout and 80 of training: w = 1 s, tau = 0.5 s.
+    cores = os.cpu_count() or 1
+    sync, asynchronous = result.rows[:2]
+    assert sync["rho"] == pytest.approx(2 / 3)
+    assert asynchronous["E"] == pytest.approx(8 * 1.5 / cores / 1.0)
+    assert asynchronous["S"] == pytest.approx(2.0)
+    assert sync["S"] == pytest.approx(1.0)
 
 
 def test_slow_tools_follow_the_law_and_depend_on_the_attempt_alone() -> None:
