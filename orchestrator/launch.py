@@ -312,6 +312,14 @@ def describe(summary: dict[str, Any]) -> str:
             f"modelled: {scale['rollout_accelerators']} accelerators roll out, {scale['learner_accelerators']} train; a wall "
             f"second is {scale['time_scale']:g} modelled ones, a token {scale['token_scale']:g}"
         )
+    if idle := summary.get("idle"):
+        largest = sorted(idle.items(), key=lambda item: -item[1])[:4]
+        lines.append(
+            f"engines and learner worked {1 - sum(idle.values()):.1%} of their time; idle: "
+            + ", ".join(f"{cause} {share:.1%}" for cause, share in largest)
+        )
+    for stall in summary.get("stalls", []):
+        lines.append(f"stalled for {stall['seconds']:.0f} s: {stall['stage']} ({stall['actor']}): {stall['detail']}")
     lines.append(f"groups: {json.dumps(summary['ledger'])}")
     lines.append(f"tokens: {json.dumps(summary['tokens'])}")
     return "\n".join(lines)

@@ -133,7 +133,7 @@ def _lanes(spans: Sequence[Span], notes: list[str]) -> dict[str, list[Span]]:
 
 
 def _groups(builder: _Builder, groups: Sequence[GroupPath], steps: dict[int, Step], episodes: bool) -> None:
-    """Dispatches, groups and arrows."""
+    """Dispatches, groups, arrows and, if wanted, episodes."""
     rows, member_rows = _Rows(), _Rows()
     for dispatched_at, together in _dispatches(groups):
         names = [group.group_id for group in together]
@@ -153,9 +153,10 @@ def _groups(builder: _Builder, groups: Sequence[GroupPath], steps: dict[int, Ste
                     (GROUPS, row, middle),
                     ("learner", "steps", arrive),
                 )
-            for member in group.members if episodes else ():
-                line = f"row {member_rows.take(member.began_at, member.ended_at):04d}"
-                builder.slice("episodes", line, member.episode_id, member.began_at, member.ended_at, None)
+    members = [member for group in groups for member in group.members] if episodes else []
+    for member in sorted(members, key=lambda member: member.began_at):
+        row = f"row {member_rows.take(member.began_at, member.ended_at):04d}"
+        builder.slice("episodes", row, member.episode_id, member.began_at, member.ended_at, None)
 
 
 def _dispatches(groups: Sequence[GroupPath]) -> Iterable[tuple[float, list[GroupPath]]]:
