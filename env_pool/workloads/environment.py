@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from env_pool.environment import Environment, Observation, Split, StepResult, VerifierResult
@@ -57,13 +58,14 @@ class WorkloadEnvironment(Environment):
         resolved = cls.resolve_options(options)
         check_options(resolved)
         first = HELD_OUT_FROM if split == "held_out" else 0
-        source = (str(resolved["suite"]), str(resolved["file"]), seed)
+        file = str(Path(resolved["file"]).resolve()) if resolved["file"] else ""
+        source = (str(resolved["suite"]), file, seed)
         block = int(resolved["longest_first"])
         if block:
             place = _order(source, first + index // block * block, block, int(resolved["group_size"]))[index % block]
         else:
             place = first + index
-        suite, file, _ = source
+        suite = source[0]
         domain = script_domain(suite, file, seed, place)
         payload = {"suite": suite, "file": file, "seed": seed, "index": place, "success": float(resolved["success"])}
         payload |= {name: float(resolved[name]) for name in ("time_scale", "token_scale")}
