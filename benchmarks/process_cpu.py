@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from types import TracebackType
 
@@ -40,10 +40,13 @@ class CpuWatch:
         self._thread.join(10.0)
 
     def between(self, began_at: float, ended_at: float) -> dict[str, float]:
-        """CPU seconds by role from ``began_at`` to ``ended_at``, in proportion to what the nearest samples saw."""
+        """CPU seconds by role from ``began_at`` to ``ended_at``, in proportion to what the samples within saw.
+
+        Samples after the end are not used: processes that have ended by then are no longer counted.
+        """
         times = [at for at, _ in self._samples]
-        first, last = (min(bisect_left(times, at), len(times) - 1) for at in (began_at, ended_at))
-        if not times or last <= first:
+        first, last = bisect_left(times, began_at), bisect_right(times, ended_at) - 1
+        if last <= first:
             return {}
         share = (ended_at - began_at) / (times[last] - times[first])
         before, after = self._samples[first][1], self._samples[last][1]
