@@ -25,7 +25,7 @@ COLLECT_HOLD_S = 20.0
 """How long an idle ``collect`` stays open before it returns empty-handed."""
 COLLECT_GRACE_S = 40.0
 """How much longer the client waits for it before it calls the actor lost."""
-MAX_BATCH = 256
+MAX_BATCH = 128
 """Calls that travel together: the actor starts them all in one turn of its event loop."""
 
 

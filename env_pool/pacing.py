@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SLICE = 64
+SLICE = 32
 """How many tasks may be woken in one turn of the event loop: some milliseconds of their work."""
 
 

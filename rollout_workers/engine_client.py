@@ -26,7 +26,7 @@ from rollout_workers.router import Router
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 256
+MAX_BATCH = 128
 """Requests that travel together, unless the run is in lock-step: the engine takes them in one turn of its event loop."""
 
 

@@ -85,9 +85,9 @@ def overrides(load: Load) -> list[str]:
 def measure(load: Load, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Run ``load`` in ``directory``; returns one row of results. Raises ControlPlaneError with the end of the log."""
     vitals = RunDirectory(directory).vitals
+    began_at = time.time()
     with _running(load, directory) as process:
-        began_at = time.time()
-        _ramp(process, vitals, load, say)
+        _ramp(process, vitals, began_at, load, say)
         _wait(process, SETTLE_S)
         ramp_s = time.time() - began_at
         before, since = usage_by_role(process.pid, memory=False), time.time()
@@ -96,7 +96,7 @@ def measure(load: Load, directory: Path, say: Callable[[str], None]) -> dict[str
         after, until = usage_by_role(process.pid, memory=False), time.time()
         memory = usage_by_role(process.pid, memory=True)
     used = {role: after[role].cpu_s - before.get(role, Usage()).cpu_s for role in after}
-    return row(load, read_vitals(vitals), read_vitals(vitals, since, until), used, memory, until - since) | {
+    return row(load, read_vitals(vitals, began_at), read_vitals(vitals, since, until), used, memory, until - since) | {
         "ramp_s": round(ramp_s, 1)
     }
 
@@ -171,10 +171,12 @@ def _running(load: Load, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(STOP_LIMIT_S)
 
 
-def _ramp(process: subprocess.Popen[bytes], vitals: Path, load: Load, say: Callable[[str], None]) -> None:
-    """Until every episode has begun: as many dispatches as episodes were seen."""
+def _ramp(
+    process: subprocess.Popen[bytes], vitals: Path, began_at: float, load: Load, say: Callable[[str], None]
+) -> None:
+    """Until every episode has begun: as many dispatches as episodes were seen (by this run, not by an earlier one there)."""
     deadline = time.monotonic() + RAMP_LIMIT_S
-    while (begun := _begun(vitals)) < load.episodes:
+    while (begun := _begun(vitals, began_at)) < load.episodes:
         say(f"{load.episodes} episodes: {begun} have begun")
         if time.monotonic() > deadline:
             raise ControlPlaneError(
@@ -184,8 +186,10 @@ def _ramp(process: subprocess.Popen[bytes], vitals: Path, load: Load, say: Calla
         _wait(process, 1.0)
 
 
-def _begun(vitals: Path) -> int:
-    return sum(found.delays[DISPATCH].count for found in read_vitals(vitals).values() if DISPATCH in found.delays)
+def _begun(vitals: Path, since: float) -> int:
+    return sum(
+        found.delays[DISPATCH].count for found in read_vitals(vitals, since).values() if DISPATCH in found.delays
+    )
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
