@@ -80,7 +80,7 @@ def test_in_turns_every_token_is_on_policy_and_a_step_lasts_as_its_parts(tmp_pat
         (["mode=sync"], "learner.synthetic.accelerators must be 10 (is 6)"),
         (["engines.synthetic.stage_s=2000"], "weights.timeout_s=60: raise that"),
         (["run.deterministic=true"], "synthetic engines follow the clock"),
-        (["engines.max_len=100000"], "more than the KV of an accelerator"),
+        (["engines.max_len=200000"], "more than the KV of an accelerator"),
         (["engines.synthetic.slots=0"], "engines.synthetic.slots=0: must be at least 1"),
         (["learner.synthetic.seconds_per_token=-1"], "learner.synthetic.seconds_per_token=-1.0: must not be negative"),
     ],
