@@ -96,7 +96,7 @@ class Attribution:
         """Why the learner waited for ``wait_s`` seconds of the window; the values add up to ``wait_s``."""
         causes = {cause: wait_s * share for cause, share in window.engines_lost.items()}
         left = wait_s - sum(causes.values())
-        empty = max(0.0, min(left, window.empty_s + wait_s - window.seconds))
+        empty = max(0.0, min(left, window.empty_s + min(wait_s, window.seconds) - window.seconds))
         stalled = min(empty, window.publishing_s)
         self.starved_s += empty - stalled
         _add(causes, {Cause.WEIGHT_STALL: stalled, Cause.IDLE: empty - stalled})

@@ -86,6 +86,13 @@ def test_time_without_episodes_while_the_learner_trained_is_no_starvation() -> N
     assert attribution.starved_s == 0.0
 
 
+def test_pulses_that_come_a_little_late_are_no_starvation() -> None:
+    window = Window(0.5, {"generating": 4.0}, learner={Cause.QUEUE_EMPTY: 0.53})
+    attribution = begun(window)
+    assert attribution.learner_wait(0.53, window) == {Cause.QUEUE_EMPTY: pytest.approx(0.53)}
+    assert attribution.starved_s == 0.0
+
+
 def pulses(accountant: Accountant, second: int, engine: dict[Cause, float], learner: dict[Cause, float]) -> None:
     accountant.pulse("engine-0", 0, {"engine-0/0": engine, "engine-0/1": engine}, {}, 0.5 * second)
     accountant.pulse("learner-0", 0, {"learner-0": learner}, {}, 0.1 * second)
