@@ -45,6 +45,9 @@ class LiveGroup:
     late: set[str] = field(default_factory=set)
     """Episodes that arrived after the group was closed."""
 
+    def __post_init__(self) -> None:
+        self._episode_ids = self.header.episode_ids
+
     @property
     def group_id(self) -> str:
         return self.header.group_id
@@ -65,12 +68,12 @@ class LiveGroup:
     @property
     def in_order(self) -> list[EpisodeEntry]:
         """The episodes that arrived, in the order of the group, whatever the order of their arrival."""
-        return [self.entries[e] for e in self.header.episode_ids if e in self.entries]
+        return [self.entries[e] for e in self._episode_ids if e in self.entries]
 
     @property
     def missing(self) -> list[str]:
         """Episodes that have neither arrived nor been given up."""
-        return [e for e in self.header.episode_ids if e not in self.entries and e not in self.failed]
+        return [e for e in self._episode_ids if e not in self.entries and e not in self.failed]
 
     @property
     def tokens(self) -> int:

@@ -20,7 +20,7 @@ from benchmarks.queue.transferqueue import PYTHON, TransferQueue
 from experience.config import QueueTransport
 
 CASES = {
-    "single": (Case.PUT_SINGLE, Case.PUT_WAITING),
+    "single": (Case.PUT_SINGLE, Case.PUT_ALONE, Case.PUT_WAITING),
     "pipelined": (Case.PUT_PIPELINED,),
     "batched": (Case.PUT_BATCHED,),
 }

@@ -24,14 +24,19 @@ class Case(StrEnum):
 
     PUT_SINGLE = "put single"
     """One item a call, one call at a time."""
+    PUT_ALONE = "put single, nobody waiting"
+    """The items of one batch, as in the next case but without its consumer."""
     PUT_WAITING = "put single, consumer waiting"
-    """The same, while a consumer waits for a batch that is not complete yet."""
+    """The items of one batch, while a consumer waits for all of it."""
     PUT_PIPELINED = "put pipelined"
     """One item a call, 32 calls open at once."""
     PUT_BATCHED = "put batched"
     """64 items a call, one call at a time."""
     GET_SINGLE = "get single"
     GET_BATCHED = "get batched"
+
+
+ONE_BATCH = (Case.PUT_ALONE, Case.PUT_WAITING)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def get_case(put: Case) -> Case | None:
 
 def item_count(put: Case, item_bytes: int, most_mb: float) -> int:
     """Items of one repeat: up to ``most_mb`` of them, a number of whole batches; fewer one at a time."""
-    if put is Case.PUT_WAITING:
+    if put in ONE_BATCH:
         return BATCH
     batches = int(most_mb * 1e6 / item_bytes) // BATCH
     most = 4 if put is Case.PUT_SINGLE else 16
@@ -119,7 +124,7 @@ def waiting_change(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     changes = []
     for (system, size, case), alone in by_case.items():
         waiting = by_case.get((system, size, Case.PUT_WAITING.value))
-        if case == Case.PUT_SINGLE.value and waiting is not None:
+        if case == Case.PUT_ALONE.value and waiting is not None:
             latencies = {name: [alone[name], waiting[name]] for name in ("p50_ms", "p99_ms")}
             change = round(waiting["p50_ms"] / alone["p50_ms"] - 1, 3)
             changes.append({"system": system, "item_bytes": size, **latencies, "p50_change": change})

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.queue.samples import BATCH, IN_FLIGHT, Case, Timing, get_case, item_arrays
+from benchmarks.queue.samples import BATCH, IN_FLIGHT, ONE_BATCH, Case, Timing, get_case, item_arrays
 from experience.config import QueueConfig, QueueTransport, StalenessConfig
 from experience.entries import Added, make_entry
 from experience.records import GroupHeader, Task, Trajectory
@@ -67,7 +67,7 @@ class InProcess(ABC):
             items = await self.new_items(item_bytes, count, put)
             timings = {put: await self._put_all(put, items)}
             case = get_case(put)
-            if put is not Case.PUT_WAITING:
+            if put not in ONE_BATCH:
                 gets = await self._get_all(1 if case is Case.GET_SINGLE else BATCH, count)
                 if case is not None:
                     timings[case] = gets
@@ -75,12 +75,13 @@ class InProcess(ABC):
         return timings
 
     async def _put_all(self, put: Case, items: Sequence[Any]) -> Timing:
-        if put is Case.PUT_WAITING:
-            consumer = asyncio.create_task(self.get_batch())
-            await asyncio.wait([consumer], timeout=0.05)
+        if put in ONE_BATCH:
+            consumer = asyncio.create_task(self.get_batch()) if put is Case.PUT_WAITING else None
+            if consumer is not None:
+                await asyncio.wait([consumer], timeout=0.05)
             timing = await _one_by_one([partial(self.put, [item]) for item in items[:-1]])
             await self.put(items[-1:])
-            await consumer
+            await (self.get_batch() if consumer is None else consumer)
             return timing
         if put is Case.PUT_BATCHED:
             batches = [items[first : first + BATCH] for first in range(0, len(items), BATCH)]
@@ -169,7 +170,7 @@ class Millrace(InProcess):
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def new_items(self, item_bytes: int, count: int, put: Case) -> Sequence[Any]:
-        size = {Case.PUT_WAITING: BATCH, Case.PUT_SINGLE: 1}.get(put, GROUP)
+        size = {Case.PUT_ALONE: BATCH, Case.PUT_WAITING: BATCH, Case.PUT_SINGLE: 1}.get(put, GROUP)
         task = Task(task_id="task", environment="none", payload={})
         headers = []
         for _ in range(count // size):
