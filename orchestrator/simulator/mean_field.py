@@ -117,7 +117,8 @@ class MeanFieldRollout:
         """A group was assigned (mean field knows no workers)."""
         del worker
         self._changing()
-        self._advance()
+        if self._loop.now > self._at:
+            self._advance()
         self._waiting.extend((header, member) for member in range(header.size))
         self._fill()
         if not self._ticking:
