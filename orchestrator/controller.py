@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from experience.records import GroupHeader
 from experience.staleness import make_policy
 from experience.wire import decode, encode
 from orchestrator.accounting.accountant import accountant_of
-from orchestrator.config import Config
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
 from orchestrator.failures import FailureMonitor
@@ -42,8 +40,8 @@ from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.processes import Processes, engine_name, worker_name
 from orchestrator.progress import Progress
 from orchestrator.pulses import Pulses
-from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
+from orchestrator.run_plan import RunFailed, RunInterrupted, RunPlan, cause_of, members_of
 from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Role, Supervisor, first_line
 from orchestrator.telemetry import setup_actor_logging
@@ -55,34 +53,6 @@ logger = logging.getLogger(__name__)
 
 EVENTS_S = 5.0
 """How long one call for queue events stays open."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the message is the first cause."""
-
-
-class RunInterrupted(RunFailed):
-    """A person ended the run."""
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What the driver hands to the controller."""
-
-    config: Config
-    run_directory: str
-    model_path: str
-    checkpoint: str | None
-    """Checkpoint to continue from; None: from the beginning."""
-    version: int
-    """Version of the weights in ``model_path`` or ``checkpoint``."""
-    resources: Resources
-    run_attempt: int
-    started_at: float
-    """Wall-clock time at which the command was started."""
-    secrets: list[str]
-    dispatched: int = 0
-    """Groups dispatched before the checkpoint; used when there is no journal to count them from."""
 
 
 class Controller:
@@ -188,6 +158,7 @@ class Controller:
         self._keep(self._queue_events())
         self._keep(self._watch_stall())
         await self._committed(self._plan.version)
+        await self._pulses.ask_all()  # what was spent until here is not the training's
         self.progress.phase = "training"
         self._account.switch(Cause.IDLE, clock())
         self._began_training = True
@@ -510,17 +481,6 @@ class Controller:
         raise RunFailed(await self._watchdog.run())
 
 
-def cause_of(error: BaseException) -> str:
-    """What to tell a person: the message of a RunFailed as it stands, anything else with its type."""
-    return str(error) if isinstance(error, RunFailed) else first_line(error)
-
-
 async def resolve(reference: Any) -> Any:
     """An object reference as a coroutine (asyncio.gather takes only awaitables of its own kind)."""
     return await reference
-
-
-def members_of(group: InFlight) -> list[int]:
-    """Indices of the episodes that are missing."""
-    missing = set(group.missing)
-    return [member for member in range(group.header.size) if group.header.episode_id(member) in missing]

@@ -201,8 +201,9 @@ def _start_controller(
     """The controller actor, and the reference of its `run` call."""
     import ray
 
-    from orchestrator.controller import Controller, RunPlan
+    from orchestrator.controller import Controller
     from orchestrator.resources import share_resources
+    from orchestrator.run_plan import RunPlan
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     plan = RunPlan(
@@ -225,7 +226,7 @@ def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dic
     """Show snapshots until the run ends. The first Ctrl-C ends it in good order, the second at once."""
     import ray
 
-    from orchestrator.controller import RunInterrupted
+    from orchestrator.run_plan import RunInterrupted
 
     asked = False
 

@@ -35,6 +35,7 @@ class Pulses:
         self._own = own
         self._situation = situation
         self._published_s = 0.0
+        self._round = asyncio.Lock()
         self._asked_in_vain: dict[str, float] = {}
         self.live: dict[str, dict[str, Any]] = {}
         """The last answer of each actor, in the words of the view."""
@@ -47,6 +48,10 @@ class Pulses:
 
     async def ask_all(self) -> None:
         """One round; an actor that does not answer in time is left out of it."""
+        async with self._round:
+            await self._ask_all()
+
+    async def _ask_all(self) -> None:
         actors = list(self._supervisor.actors.values())
         answers = await asyncio.gather(*(self._ask(actor) for actor in actors))
         for actor, pulse in zip(actors, answers, strict=True):
