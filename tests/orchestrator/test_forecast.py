@@ -23,11 +23,17 @@ def expected(*overrides: str) -> Forecast:
     return forecast_of(configured(*overrides), episodes=256)
 
 
+def batch_of(config: Config) -> int:
+    """Trajectories a step."""
+    return config.rollout.groups_per_update * config.rollout.group_size
+
+
 def test_a_dear_learner_sets_the_step_and_the_split() -> None:
-    found = expected("learner.synthetic.seconds_per_token=0.01", "learner.synthetic.step_overhead_s=3")
+    overrides = ["learner.synthetic.seconds_per_token=0.01", "learner.synthetic.step_overhead_s=3"]
+    found = expected(*overrides)
     assert found.limit is Limit.LEARNER
     assert found.step_s == pytest.approx(found.training_s)
-    assert found.training_s == pytest.approx(64 * found.calibration.tau_s / found.learner + 3)
+    assert found.training_s == pytest.approx(batch_of(configured()) * found.calibration.tau_s / found.learner + 3)
     assert found.best_learner > found.learner
     assert found.best_step_s < found.step_s
     assert found.best_efficiency <= 1.0
@@ -77,7 +83,7 @@ def test_calibration_from_a_run(tmp_path: Path) -> None:
     lines = [{"step": 1, "wall_s": 20.0, "time/step_s": 20.0}, {"step": 2, "wall_s": 30.0, "time/step_s": 10.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     found = measure(tmp_path)
-    scale, trained = config.engines.synthetic.time_scale, 2 * 64
+    scale, trained = config.engines.synthetic.time_scale, 2 * batch_of(config)
     assert found.calibration.w_s == pytest.approx(72.0 * scale / trained)
     assert found.calibration.tau_s == pytest.approx(10.0 * config.learner.synthetic.accelerators * scale / trained)
     assert found.step_s == pytest.approx(10.0 * scale)

@@ -122,9 +122,8 @@ def test_build_writes_a_model_that_transformers_loads_and_the_seed_decides(tmp_p
 
 
 def test_an_unknown_recipe_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no recipe 'shop_smal'; there are shop_small, shop_untrained\. Did you mean 'shop_small'\?"
-    ):
+    said = r"no recipe 'shop_smal'; there are shop_small, shop_untrained, synthetic\. Did you mean 'shop_small'\?"
+    with pytest.raises(ValueError, match=said):
         make_model("shop_smal", tmp_path, seed=0)
     assert recipe_key("shop_small", 3).endswith("-seed3")
 
