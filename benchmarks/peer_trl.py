@@ -52,6 +52,9 @@ class Comparison:
     target_lag: float = 2.0
     in_flight: int = 192
     """Completions that Millrace has in flight."""
+    kv: str = "keep"
+    """What a weight update does with the KV of completions under way (`weights.kv`). With a version every 2,048 tokens,
+    computing it anew costs as much as the generation itself."""
     repeats: int = 5
     seed: int = 0
 
@@ -257,6 +260,7 @@ def overrides(comparison: Comparison, model: Path, run_directory: Path) -> list[
         "rewards": "[]",
         "staleness.target_lag": comparison.target_lag,
         "staleness.max_lag": 8,
+        "weights.kv": comparison.kv,
         "learner.lr": comparison.learning_rate,
         "learner.threads": 1,
     }
@@ -362,6 +366,13 @@ def peer() -> None:
 )
 @click.option(
     "--target-lag", default=Comparison.target_lag, show_default=True, help="Versions that dispatch runs ahead."
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["keep", "recompute", "auto"]),
+    default=Comparison.kv,
+    show_default=True,
+    help="What an update does with the KV of completions under way.",
 )
 @click.option("--seed", default=Comparison.seed, show_default=True)
 def trl(json_path: Path | None, figure_path: Path | None, python: Path, **settings: Any) -> None:

@@ -145,7 +145,7 @@ class Campaign:
         return Roles(RoleCost(found.w_s, found.w_s), RoleCost(found.tau_s, found.tau_s))
 
     def _mode(self, mode: str, result: SuiteResult) -> Result:
-        cluster = self._cluster
+        cluster = self._cluster.timed_for(mode)
         killer = None
         if cluster.kill_every_s is not None:
             killer = EngineKiller(cluster.kill_every_s / cluster.time_scale)
@@ -159,7 +159,8 @@ class Campaign:
         max_lag = {"sync": 0, "one_step": 1}.get(mode, cluster.max_lag)
         row = row_of(mode, window, calibration, result.synchronous, run.summary, cluster.time_scale, max_lag)
         extra = self._cpu(run, evidence, skip, leave, result.warnings) | {
-            "E_model": self._by_the_model(window),
+            "E_model": self._by_the_model(window, cluster.time_scale),
+            "time_scale": cluster.time_scale,
             "steps": len(evidence.steps),
             "measured_steps": [window.steps[0].number, window.steps[-1].number],
             "trajectories": window.trajectories,
@@ -170,10 +171,9 @@ class Campaign:
             extra |= killer.report(run.directory, cluster.time_scale)
         return Result(row, calibration, extra)
 
-    def _by_the_model(self, window: Window) -> float:
+    def _by_the_model(self, window: Window, scale: float) -> float:
         """E with the cost model's own w and tau: below E by what a busy machine added to the calibration."""
         nothing_added = Roles(RoleCost(1.0, 1.0), RoleCost(1.0, 1.0))
-        scale = self._cluster.time_scale
         calibration = calibration_of(window, nothing_added, self._cluster.accelerators, scale)
         return calibration.efficiency(window.step_s * scale, window.trajectories)
 

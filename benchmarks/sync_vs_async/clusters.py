@@ -60,6 +60,9 @@ class Cluster:
     stage_s: float = 2.0
     step_overhead_s: float = 2.0
     switch_s: float = 10.0
+    sync_hurry: float = 1.0
+    """How many times faster still the synchronous run's time goes: with the longest tails it mostly waits for a few episodes,
+    and hardly uses the processor."""
     kill_every_s: float | None = None
     """An engine process is killed this often (modelled seconds)."""
 
@@ -72,6 +75,10 @@ class Cluster:
     def drain(self) -> int:
         """The last steps of an asynchronous run, in which nothing new starts any more."""
         return int(self.target_lag) + 1
+
+    def timed_for(self, mode: str) -> Cluster:
+        """The same cluster at the time scale of ``mode``."""
+        return replace(self, time_scale=self.time_scale * self.sync_hurry) if mode == "sync" else self
 
     def sized(self, accelerators: int) -> Cluster:
         """The same proportions on another number of accelerators."""
@@ -91,10 +98,10 @@ class Cluster:
 CLUSTERS = {
     cluster.suite: cluster
     for cluster in (
-        Cluster("reason", groups=64, in_flight=128, target_lag=2.0, time_scale=30.0, window=5, sync_steps=3),
-        Cluster("swe", groups=32, in_flight=176, target_lag=2.5, time_scale=40.0),
-        Cluster("long", groups=32, in_flight=208, target_lag=4.0, time_scale=150.0, warm_up=5),
-        Cluster("mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=50.0, warm_up=5),
+        Cluster("reason", groups=64, in_flight=128, target_lag=2.0, time_scale=80.0, window=5, sync_steps=3),
+        Cluster("swe", groups=32, in_flight=176, target_lag=2.5, time_scale=90.0),
+        Cluster("long", groups=32, in_flight=208, target_lag=4.0, time_scale=300.0, warm_up=5, sync_hurry=4.0),
+        Cluster("mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=120.0, warm_up=5, sync_hurry=4.0),
         Cluster(
             "fault",
             groups=32,

@@ -48,7 +48,8 @@ def suite_table(result: SuiteResult) -> RenderableType:
     head = (
         f"{cluster.suite}, seed {result.seed}: {cluster.accelerators} accelerators ({split.rollout} roll out, "
         f"{split.learner} train when asynchronous; whole accelerators allow E = {result.split_efficiency:.3f}), "
-        f"B = {cluster.batch}, time / {cluster.time_scale:g}, tokens / {cluster.token_scale:g}"
+        f"B = {cluster.batch}, time / {cluster.time_scale:g} (sync: {cluster.timed_for('sync').time_scale:g}), "
+        f"tokens / {cluster.token_scale:g}"
     )
     rollout, learner = roles.rollout, roles.learner
     calibration = (
@@ -72,7 +73,7 @@ def formula_lines(result: SuiteResult) -> list[str]:
     if abs(sync.error) > 0.05:
         difference = sync.step_s - sync.formula_s
         line += (
-            f"; the {difference:,.0f} s between are {difference / result.cluster.time_scale:.2f} wall seconds a step of the "
+            f"; the {difference:,.0f} s between are {difference / result.cluster.timed_for('sync').time_scale:.2f} wall seconds a step of the "
             "real control plane (dispatch, delivery, weights), which no modelled role overlaps"
         )
     return [line]

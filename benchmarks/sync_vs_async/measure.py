@@ -71,9 +71,11 @@ def saturated_between(generations: Sequence[Generation], least: float) -> tuple[
 
 
 def calibrate_learner(evidence: Evidence, costs: UnitCosts, accelerators: int, time_scale: float) -> RoleCost:
-    """tau from the steps of a learner that never waits for groups."""
+    """tau from the steps of a learner for which groups wait; where heavy tails made it wait all the same, that time is
+    left out."""
     steps = evidence.steps[1:]
-    took_s = steps[-1].ended_at - steps[0].ended_at
+    waited_s = sum(max(0.0, step.metrics["time/wait_s"]) for step in steps[1:])
+    took_s = steps[-1].ended_at - steps[0].ended_at - waited_s
     samples = [sample for step in steps[1:] for sample in step.samples]
     analytic_s = costs.training_s(samples) / len(samples) * time_scale
     return RoleCost(accelerators * took_s * time_scale / len(samples), analytic_s)

@@ -198,7 +198,11 @@ def test_dropped_groups_are_no_useful_work() -> None:
 def test_calibration_finds_what_the_cost_model_says() -> None:
     # Two accelerators, always busy: 100 tokens of 0.01 s take each of them one second.
     samples = [sample(f"g{i}", float(i), i + 1.0, 100, 0, 0) for i in range(10) for _ in range(2)]
-    steps = [Step(i, i + 1.0, {}, (samples[2 * i], samples[2 * i + 1])) for i in range(10)]
+    waits = [5.0 if i == 5 else 0.0 for i in range(10)]  # the sixth step waited for groups: that is not training
+    steps = [
+        Step(i, i + 1.0 + sum(waits[: i + 1]), {"time/wait_s": waits[i]}, (samples[2 * i], samples[2 * i + 1]))
+        for i in range(10)
+    ]
     waiting = [Generation(0.0, 10.0, 0, 0)] * 2
     samples.append(Sample("w", 1, {}, tuple(waiting)))
     cost = measure.calibrate_rollout(Evidence(steps, samples), COSTS, 2, 1, time_scale=3.0)
