@@ -36,6 +36,7 @@ from benchmarks.sync_vs_async.measure import (
 from benchmarks.sync_vs_async.processes import FinishedRun, train
 from benchmarks.sync_vs_async.work import UnitCosts
 from orchestrator.bound import Calibration, split_of
+from orchestrator.planning.costs import workload_costs
 from orchestrator.simulator.simulate import calibration_of as calibration_of_config
 
 BUSY_MACHINE = 0.8
@@ -114,7 +115,7 @@ class Campaign:
         """
         cluster = self._cluster
         roles = self.calibrate() if self._measure_roles else self._modelled()
-        balance = Calibration(roles.rollout.measured_s, roles.learner.measured_s, cluster.accelerators)
+        balance = self._balance(roles)
         split = Split(*split_of(balance, cluster.replicas))
         slower = max(balance.w_s / split.rollout, balance.tau_s / split.learner)
         result = SuiteResult(cluster, self._seed, roles, split, balance.ideal_step_s(1) / slower)
@@ -136,6 +137,20 @@ class Campaign:
             f"tau = {learner.measured_s:.1f} s (cost model {learner.analytic_s:.1f})"
         )
         return Roles(rollout, learner)
+
+    def _balance(self, roles: Roles) -> Calibration:
+        """w and tau of the episodes that the asynchronous run dispatches, as dear as calibration found them.
+
+        The calibrating runs see what ends first, and with heavy tails that is not what a run is made of.
+        """
+        cluster = self._cluster
+        half = cluster.accelerators // 2
+        settings = mode_settings(cluster, "async", Split(half, cluster.accelerators - half), self._seed)
+        config = config_of(overrides_of(settings, self._more))
+        costs = workload_costs(config, episodes=config.run.steps * cluster.batch)
+        modelled = calibration_of_config(config, costs)
+        ratios = roles.rollout.ratio, roles.learner.ratio
+        return Calibration(modelled.w_s * ratios[0], modelled.tau_s * ratios[1], cluster.accelerators)
 
     def _modelled(self) -> Roles:
         """What the cost model says of the suite's episodes."""
