@@ -78,6 +78,14 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """The answer to a call."""
+
+    status: int
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ServerCounters:
     """A server's load and cumulative counters, as its metrics say; what it does not report is 0."""
 
@@ -90,6 +98,17 @@ class ServerCounters:
     """Prompt tokens computed (without those found in the prefix cache, where the server tells them apart)."""
     cached_tokens: int = 0
     preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class ServerIdentity:
+    """What a server says it is; what it does not say is None."""
+
+    version: str | None = None
+    """Of the engine's software, e.g. ``0.32.0``."""
+    model: str | None = None
+    max_len: int | None = None
+    """Tokens (prompt and generated) that a sequence may have."""
 
 
 class StreamParser(Protocol):
@@ -162,6 +181,12 @@ class ServerAdapter(Protocol):
         """Whether a call with ``poll_s`` must be asked again."""
         ...
 
+    def identity(self) -> Call:
+        """The call that tells what the server is; asked once after `ready`, and of external servers above all."""
+        ...
+
+    def parse_identity(self, body: bytes) -> ServerIdentity: ...
+
     def served(self) -> Call:
         """The call that tells which version is served."""
         ...
@@ -171,11 +196,3 @@ class ServerAdapter(Protocol):
     def metrics(self) -> Call: ...
 
     def parse_metrics(self, body: bytes) -> ServerCounters: ...
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The answer to a call."""
-
-    status: int
-    body: bytes = field(repr=False)
