@@ -136,6 +136,16 @@ class RolloutWorkerActor:
     async def remove_engine(self, name: str) -> None:
         self.worker.engines.remove_engine(name, ConnectionError("the supervisor saw it die"))
 
+    async def drain_engine(self, name: str, grace_s: float) -> tuple[int, int]:
+        """Take this worker's requests off an engine, see `EngineClient.drain_engine`."""
+        return await self.worker.engines.drain_engine(name, grace_s)
+
+    async def relocated(self, name: str, timeout_s: float) -> tuple[int, float, float] | None:
+        """Of an engine that was lost: how many requests it had of this worker, when the worker noticed, and when all of
+        them had another place (Unix seconds). Raises TimeoutError when they have none in time."""
+        loss = await self.worker.engines.relocated(name, timeout_s)
+        return None if loss is None else (loss.requests, loss.noticed_at, loss.placed_at)
+
     async def replace_environment(self, index: int, handle: Any) -> None:
         self._pool.replace(index, handle)
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from env_pool.pacing import in_slices
 from experience.vitals import SUBMIT, process_vitals
 from experience.wire import decode, encode
+from rollout_workers.continuation import Relocation, joined, remaining
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 from rollout_workers.router import Router
@@ -56,6 +56,8 @@ class _Pending:
     chunks: list[TokenChunk] = field(default_factory=list)
     engine: str = ""
     asked_at: float = field(default_factory=time.monotonic)
+    leaving: bool = False
+    """Taken off an engine that drains: what it aborts goes on elsewhere."""
 
 
 @dataclass
@@ -66,6 +68,9 @@ class _Engine:
     releases: list[str] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    draining: bool = False
+    empty: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once an engine that drains has none of this client's requests."""
 
 
 class EngineClient:
@@ -93,7 +98,9 @@ class EngineClient:
         self._held_releases: list[str] = []
         self._joined = asyncio.Event()
         self.continued = 0
-        """Requests that went on elsewhere after their engine was lost."""
+        """Requests that went on elsewhere after their engine was lost or drained."""
+        self.losses: dict[str, Relocation] = {}
+        """What became of the requests of each engine that was lost."""
 
     @property
     def in_flight(self) -> int:
@@ -118,24 +125,96 @@ class EngineClient:
 
     def remove_engine(self, name: str, cause: BaseException | None = None) -> None:
         """An engine left or died; its requests continue on the others, or wait for one to join."""
-        engine = self._engines.pop(name, None)
+        engine = self._engines.get(name)
         if engine is None:
             return
-        self._router.remove(name)
-        current = asyncio.current_task()
-        for task in engine.tasks:
-            if task is not current:
-                task.cancel()
-        if not self._engines:
-            self._joined.clear()
+        self._forget(name, engine)
         orphans = [pending for pending in self._pending.values() if pending.engine == name]
+        self.losses[name] = Relocation(time.time(), (pending.request.request_id for pending in orphans))
         if cause is not None:
             logger.warning("engine %s lost (%s); %d requests continue elsewhere", name, cause, len(orphans))
             if self._on_engine_lost is not None:
                 self._on_engine_lost(name, cause)
         for pending in orphans:
-            self.continued += 1
-            self._route(pending)
+            self._go_on(pending)
+
+    async def relocated(self, name: str, timeout_s: float) -> Relocation | None:
+        """What became of the requests of an engine that was lost, once all of them have a place; None if there is nothing
+        to tell. Raises TimeoutError when they have none within ``timeout_s``."""
+        loss = self.losses.get(name)
+        if loss is not None:
+            async with asyncio.timeout(timeout_s):
+                await loss.placed.wait()
+        return loss
+
+    async def drain_engine(self, name: str, grace_s: float) -> tuple[int, int]:
+        """Take everything off an engine that is about to leave. Returns how many requests ended there, how many moved.
+
+        It gets no new requests. Those in flight may end within ``grace_s`` seconds; the engine then aborts what is left,
+        with the tokens it has, and that goes on elsewhere. The engine is forgotten when nothing of ours is there.
+        """
+        engine = self._engines.get(name)
+        if engine is None:
+            return 0, 0
+        engine.draining = True
+        self._router.remove(name)
+        self._note_members()
+        unsent, engine.requests = {request.request_id for request in engine.requests}, []
+        here = [pending for pending in self._pending.values() if pending.engine == name]
+        for pending in here:
+            if pending.request.request_id in unsent:
+                self._go_on(pending)
+        self._check_empty(name)
+        left: list[_Pending] = []
+        try:
+            async with asyncio.timeout(grace_s):
+                await engine.empty.wait()
+        except TimeoutError:
+            left = [pending for pending in here if pending.engine == name and not pending.future.done()]
+            await self._take_off(name, engine, left)
+        self._forget(name, engine)
+        return len(here) - len(left) - len(unsent), len(left) + len(unsent)
+
+    async def _take_off(self, name: str, engine: _Engine, left: list[_Pending]) -> None:
+        """Have the engine abort what it still has; one that does not answer is treated as lost."""
+        for pending in left:
+            pending.leaving = True
+            engine.aborts.append(pending.request.request_id)
+        engine.wake.set()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await engine.empty.wait()
+        except TimeoutError:
+            self.remove_engine(name, TimeoutError(f"it did not let go of its requests within {self._timeout_s:.0f} s"))
+
+    def _forget(self, name: str, engine: _Engine) -> None:
+        """The engine gets nothing more and is not listened to."""
+        if self._engines.pop(name, None) is None:
+            return
+        self._router.remove(name)
+        self._note_members()
+        current = asyncio.current_task()
+        for task in engine.tasks:
+            if task is not current:
+                task.cancel()
+        engine.empty.set()
+
+    def _note_members(self) -> None:
+        """Those who wait for an engine wait for one that takes requests."""
+        if not self._router.members:
+            self._joined.clear()
+
+    def _check_empty(self, name: str) -> None:
+        engine = self._engines.get(name)
+        if engine is not None and engine.draining and all(p.engine != name for p in self._pending.values()):
+            engine.empty.set()
+
+    def _go_on(self, pending: _Pending) -> None:
+        """Continue elsewhere, from the last token."""
+        self.continued += 1
+        left, pending.leaving = pending.engine, False
+        self._route(pending)
+        self._check_empty(left)
 
     async def generate(self, request: GenerateRequest) -> TokenChunk:
         """All tokens of a request, in one chunk. Raises EngineFault when no engine served it in time."""
@@ -143,7 +222,7 @@ class EngineClient:
         pending = _Pending(request, future)
         self._pending[request.request_id] = pending
         try:
-            if not self._engines:
+            if not self._router.members:
                 await self._wait_for_engine()
             if self._barrier is None:
                 self._route(pending)
@@ -157,6 +236,9 @@ class EngineClient:
         finally:
             del self._pending[request.request_id]
             self._router.finished(pending.engine)
+            self._check_empty(pending.engine)
+            for loss in self.losses.values():
+                loss.ended(request.request_id)
 
     def release(self, session_id: str) -> None:
         """The session is over: its engine may drop the KV."""
@@ -257,6 +339,8 @@ class EngineClient:
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, the engine is unusable
                 self.remove_engine(name, error)
                 return
+            for loss in self.losses.values():
+                loss.took(request.request_id for request in batch.requests)
 
     def _observe(self, requests: list[GenerateRequest]) -> None:
         """Note how long new requests waited for the submission before theirs (continued ones are not new)."""
@@ -283,37 +367,10 @@ class EngineClient:
         if pending is None or pending.engine != name or pending.future.done():
             return
         pending.chunks.append(chunk)
-        if chunk.finish_reason is not None:
+        if chunk.finish_reason is FinishReason.ABORT and pending.leaving:
+            self._go_on(pending)
+        elif chunk.finish_reason is not None:
             pending.future.set_result(joined(pending.chunks))
-
-
-def remaining(request: GenerateRequest, chunks: list[TokenChunk]) -> GenerateRequest:
-    """What is left of a request after ``chunks``: they become context and count against its budget."""
-    done = sum(len(chunk.tokens) for chunk in chunks)
-    if not done:
-        return request
-    return msgspec.structs.replace(
-        request,
-        prompt=np.concatenate([request.prompt, *(chunk.tokens for chunk in chunks)]),
-        max_tokens=request.max_tokens - done,
-    )
-
-
-def joined(chunks: list[TokenChunk]) -> TokenChunk:
-    """The chunks of one request as one; the last one's ending, the first one's cache count."""
-    if len(chunks) == 1:
-        return chunks[0]
-    last = chunks[-1]
-    return TokenChunk(
-        request_id=last.request_id,
-        tokens=np.concatenate([chunk.tokens for chunk in chunks]),
-        logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-        versions=np.concatenate([chunk.versions for chunk in chunks]),
-        finish_reason=last.finish_reason,
-        stop_match=last.stop_match,
-        cached_tokens=chunks[0].cached_tokens,
-        error=last.error,
-    )
 
 
 class RayEngineHandle:
