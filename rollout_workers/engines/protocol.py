@@ -59,6 +59,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """With the position of a token this alone decides the random number it is drawn with."""
     pinned_version: int | None = None
     """Generate with exactly this version (which must have been pinned); None: whatever is served."""
+    prefix_group: str = ""
+    """Requests of one prefix group begin alike (the episodes of a group have one prompt): an engine may compute the
+    common prefix once. What is really common is found by comparing tokens, never taken from this name."""
+    resumed_tokens: int = 0
+    """The last tokens of ``prompt`` that this same request sampled elsewhere: a stop string may begin in them."""
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +101,9 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int = 0
     prefill_tokens: int = 0
     cached_tokens: int = 0
+    """Prompt tokens whose KV was there already: of the session's own past, or of another session of its prefix group."""
+    shared_tokens: int = 0
+    """Of those, the ones copied from another session."""
     recomputed_tokens: int = 0
     evicted_sessions: int = 0
     busy_s: float = 0.0
@@ -103,6 +111,26 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float = 0.0
     stall_s: float = 0.0
     """Seconds in which requests waited for a weight swap."""
+
+
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy an engine is with all its clients, as it tells one of them with each answer to a submission."""
+
+    sessions: int
+    """Sessions that were opened here and not released."""
+    requests: int
+    """Requests in flight."""
+    own_sessions: int = 0
+    """Of those, the client's that is told."""
+    own_requests: int = 0
+    waiting: int = 0
+    """Requests that have no slot yet."""
+    kv_used: float = 0.0
+    """Share of the KV capacity in use, 0 to 1."""
+    lost: int = 0
+    """Sessions and requests whose KV had to make room for others, since the engine began."""
+    finished: int = 0
+    """Requests that ended, since the engine began."""
 
 
 class InferenceEngine(Protocol):
