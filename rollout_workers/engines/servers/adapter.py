@@ -122,6 +122,16 @@ class StreamParser(Protocol):
         """The stream has ended. What is left; raises ServerAnswerError if it ended before a finish reason."""
         ...
 
+    def switched(self, version: int, tokens: int | None) -> list[TokenChunk]:
+        """A commit of ``version`` went through while the stream was open; called before ``resume`` is sent.
+
+        ``tokens``: how many tokens of this request earlier versions had sampled (`ServerAdapter.boundaries`); None: the
+        server did not say. A parser whose stream says which version sampled each chunk ignores this; one whose stream
+        says so only at the end stamps tokens with it, and holds those back that might belong to either version until the
+        stream tells. Returns what it no longer needs to hold.
+        """
+        ...
+
 
 class ServerAdapter(Protocol):
     """One kind of server. All methods are pure."""
@@ -153,7 +163,9 @@ class ServerAdapter(Protocol):
         """The streamed call. ``served``: the version known to be served, for salting the prefix cache."""
         ...
 
-    def parser(self, request: GenerateRequest) -> StreamParser: ...
+    def parser(self, request: GenerateRequest, served: int) -> StreamParser:
+        """``served``: as in `generate`; no token of the stream is from an older version."""
+        ...
 
     def refusal(self, status: int, body: bytes) -> str:
         """What a generate call answered with another status than 200 says, in one line (context too long, ...)."""
@@ -171,6 +183,13 @@ class ServerAdapter(Protocol):
 
     def commit(self, version: int, kv: KvPolicy) -> list[Call]:
         """Switch to the staged version, between ``pause`` and ``resume``. ``kv`` is KEEP or RECOMPUTE, never AUTO."""
+        ...
+
+    def boundaries(self, call: Call, body: bytes) -> dict[str, int]:
+        """Of the answer to a ``commit`` call: how many tokens of each request in flight earlier versions had sampled.
+
+        By request id; empty for calls that do not tell. For `StreamParser.switched`.
+        """
         ...
 
     def check(self, call: Call, body: bytes) -> None:
