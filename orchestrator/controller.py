@@ -175,7 +175,7 @@ class Controller:
         config, supervisor = self._config, self._supervisor
         counts = [
             (self._role("learner", self._learner_ready, replace=False), config.learner.ranks),
-            (self._role("engine", self._engine_ready, self._engine_lost), config.engines.replicas),
+            (self._role("engine", self._engine_ready, self._engine_lost), config.engines.count),
             (self._role("queue", self._queue_ready, replace=False), 1),
             (self._role("environment", self._environment_ready), config.environments.actors),
             (self._role("reward", self._reward_ready), 1 if config.rewards else 0),

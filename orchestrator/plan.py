@@ -223,7 +223,7 @@ def _slots(config: Config) -> int:
     if config.engines.kind == "synthetic":
         synthetic = config.engines.synthetic
         return config.engines.replicas * synthetic.accelerators * synthetic.slots
-    return config.engines.slots * config.engines.replicas
+    return config.engines.slots * config.engines.count
 
 
 def _element_bytes(config: Config) -> int:

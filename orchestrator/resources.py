@@ -23,7 +23,7 @@ def share_resources(config: Config, cores: int, gpus: int) -> Resources:
     Asynchronous modes run engines and learner at the same time, so each gets its part of the cores. ``sync`` time-shares:
     while one works the others wait, so each may use all of them. GPUs: one each if there are enough, otherwise all share.
     """
-    replicas = config.engines.replicas
+    replicas = config.engines.count
     if config.mode == "sync":
         engine_threads, learner_threads = max(1, cores // replicas), cores
     else:

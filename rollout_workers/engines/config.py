@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional  # noqa: UP035  (OmegaConf reads these annotations)
 
+from rollout_workers.disaggregation.config import HandoffConfig
+from rollout_workers.engines.protocol import EngineRole
 from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
 
 KINDS = ("torch", "vllm", "sglang", "synthetic")
@@ -23,6 +25,10 @@ class EnginesConfig:
     """Engines that only prefill; with ``decode`` > 0 this splits the two phases."""
     decode: int = 0
     roles: str = "fixed"
+    handoff: HandoffConfig = field(default_factory=HandoffConfig)
+    """How keys and values get from prefill to decode engines."""
+    park_mb: int = 0
+    """Host memory (MiB an engine) for the KV of sessions between turns that have to leave their slot; 0: it is dropped."""
     slots: int = 160
     """Sequences whose KV an engine holds: requests in flight plus sessions that wait between turns."""
     max_len: int = 512
@@ -43,6 +49,22 @@ class EnginesConfig:
     synthetic: SyntheticEngineConfig = field(default_factory=SyntheticEngineConfig)
     """What ``kind: synthetic`` models."""
 
+    @property
+    def split(self) -> bool:
+        """Whether prefill and decode run on engines of their own."""
+        return self.prefill > 0 and self.decode > 0
+
+    @property
+    def count(self) -> int:
+        """How many engines a run starts."""
+        return self.prefill + self.decode if self.split else self.replicas
+
+    def role_of(self, index: int) -> EngineRole:
+        """What engine ``index`` begins as: the first ``prefill`` of a split prefill, the others decode."""
+        if not self.split:
+            return EngineRole.MIXED
+        return EngineRole.PREFILL if index < self.prefill else EngineRole.DECODE
+
     def validate(self) -> None:
         """Raise ValueError, naming the key and what it may be, if any setting is out of range."""
         _one_of("engines.kind", self.kind, KINDS)
@@ -51,11 +73,7 @@ class EnginesConfig:
         _one_of("engines.roles", self.roles, ("fixed", "auto"))
         if self.kind not in BUILT:
             raise ValueError(f"engines.kind={self.kind} is not built yet; use one of {', '.join(BUILT)}")
-        if self.prefill or self.decode:
-            raise ValueError(
-                f"engines.prefill={self.prefill}, engines.decode={self.decode}: the prefill/decode split is not built "
-                "yet; set both to 0 and choose engines.replicas"
-            )
+        self._validate_split()
         for name in ("replicas", "slots", "prefill_tokens", "stream_every"):
             _at_least(f"engines.{name}", getattr(self, name), 1)
         _at_least("engines.max_len", self.max_len, 2)
@@ -67,6 +85,20 @@ class EnginesConfig:
             )
         if self.kind == "synthetic":
             self._validate_synthetic()
+
+    def _validate_split(self) -> None:
+        counts = f"engines.prefill={self.prefill}, engines.decode={self.decode}"
+        if self.prefill < 0 or self.decode < 0 or (self.prefill > 0) != (self.decode > 0):
+            raise ValueError(f"{counts}: set both to at least 1 (split), or both to 0 and choose engines.replicas")
+        if self.split and self.replicas != 1:
+            raise ValueError(
+                f"engines.replicas={self.replicas} counts engines that do both phases, and {counts} splits them: leave "
+                "engines.replicas at 1"
+            )
+        if self.roles == "auto" and not self.split:
+            raise ValueError(f"engines.roles=auto changes the roles of a split, and {counts}: set both to at least 1")
+        _at_least("engines.park_mb", self.park_mb, 0)
+        self.handoff.validate()
 
     def _validate_synthetic(self) -> None:
         synthetic = self.synthetic

@@ -32,6 +32,16 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    HANDED_OVER = "handed_over"
+    """A prefill engine has done its part: the request goes on elsewhere. The client sees to that; nobody else meets it."""
+
+
+class EngineRole(StrEnum):
+    """What an engine is meant for. Each can do all: roles say where requests go."""
+
+    MIXED = "mixed"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class KvPolicy(StrEnum):
@@ -40,6 +50,17 @@ class KvPolicy(StrEnum):
     KEEP = "keep"
     RECOMPUTE = "recompute"
     AUTO = "auto"
+
+
+class KvTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prefill engine sends the keys and values that it computes for a request."""
+
+    handoff_id: str
+    """Names this hand-off to both engines."""
+    engine: str
+    """Name of the decode engine."""
+    address: str
+    """Where that engine listens for keys and values (`EngineActor.kv_address`)."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +80,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """With the position of a token this alone decides the random number it is drawn with."""
     pinned_version: int | None = None
     """Generate with exactly this version (which must have been pinned); None: whatever is served."""
+    generated: int = 0
+    """So many tokens at the end of ``prompt`` were sampled for this request before (elsewhere): stop strings may begin there."""
+    kv_target: KvTarget | None = None
+    """Prefill only: stop after the first token, and send the KV there."""
+    kv_source: str = ""
+    """A hand-off to this engine whose KV the request waits for; empty: none."""
     prefix_group: str = ""
     """Requests of one prefix group begin alike (the episodes of a group have one prompt): an engine may compute the
     common prefix once. What is really common is found by comparing tokens, never taken from this name."""
@@ -111,6 +138,23 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float = 0.0
     stall_s: float = 0.0
     """Seconds in which requests waited for a weight swap."""
+    role: EngineRole = EngineRole.MIXED
+    parked_sessions: int = 0
+    """Sessions whose KV lies in host memory now."""
+    parked_mb: float = 0.0
+    parks: int = 0
+    """Times that a session's KV was parked."""
+    park_hits: int = 0
+    """Times that parked KV was brought back."""
+    park_evictions: int = 0
+    """Parked KV that made room for other sessions'."""
+    kv_sent_mb: float = 0.0
+    """KV handed to other engines, and received from them."""
+    kv_received_mb: float = 0.0
+    handoffs: int = 0
+    """Hand-offs completed here, on either side."""
+    handoffs_failed: int = 0
+    """Hand-offs refused, cancelled or lost; their requests computed their KV elsewhere."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

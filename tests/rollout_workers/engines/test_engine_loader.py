@@ -91,7 +91,10 @@ def test_a_gpu_that_is_not_there_is_named(model_directory: Path) -> None:
     [
         ({"kind": "vlm"}, "must be one of torch, vllm"),
         ({"kind": "vllm"}, "not built yet"),
-        ({"prefill": 1, "decode": 1}, "split is not built yet"),
+        ({"prefill": 1}, "set both to at least 1"),
+        ({"prefill": 1, "decode": 1, "replicas": 2}, "leave engines.replicas at 1"),
+        ({"roles": "auto"}, "changes the roles of a split"),
+        ({"park_mb": -1}, "engines.park_mb=-1: must be at least 0"),
         ({"slots": 0}, "engines.slots=0: must be at least 1"),
         ({"threads": 0}, "engines.threads=0"),
         ({"dtype": "int8"}, "engines.dtype=int8"),
