@@ -1,0 +1,411 @@
+"""Which engines prefill and which decode, by measured load (``engines.roles: auto``). Pure; time is an argument.
+
+The episodes in flight circulate: a turn's prompt is computed (m engines), its tokens are decoded (n engines), its tool
+works, and the next turn begins. So the engines are a closed queueing network, and what counts for a run is how many turns a
+second go round. What a turn needs of each part is measured; `Circulation.turns` then says what another division of the
+same engines would yield:
+
+* prefill: A engine-seconds a turn on m engines, so at most m / A turns, and the nearer to that the longer the queue;
+* decoding: c sequences on n engines take ``(c / n + c0)`` a token (the law of `CostModel.sequence_rate`), at most ``slots`` each;
+* KV: sessions that wait for tools keep theirs on the engines that decode. The share that n engines cannot hold is computed
+  again on the next turn, which adds to A. A flip to prefill takes KV away and may so make more work than it can do.
+
+An engine flips when that promises at least ``gain`` more turns, when it has kept its role for a while, when the last flip
+has shown its effect, and never when it is the last of its role.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+__all__ = ["Circulation", "Decision", "EngineLoad", "Flip", "Role", "RoleController", "RolePolicy"]
+
+BUSIEST = 0.999
+"""Share of its limit up to which a stage is thought to be loaded: at the limit itself its queue is infinite."""
+HALVINGS = 60
+
+
+class Role(StrEnum):
+    """What an engine does of a request."""
+
+    MIXED = "mixed"
+    """All of it."""
+    PREFILL = "prefill"
+    """Its prompt; the KV goes to an engine that decodes."""
+    DECODE = "decode"
+    """Its tokens; sessions between turns keep their KV here."""
+
+
+@dataclass
+class RolePolicy:
+    """When roles flip (``engines.role_policy``). Seconds are those of the engines' clock."""
+
+    gain: float = 0.05
+    """Least share of further turns a second that a flip must promise: what keeps roles from flipping to and fro."""
+    window_s: float = 30.0
+    """Over which loads are averaged; nothing is decided sooner after a flip."""
+    min_residence_s: float = 60.0
+    """An engine keeps its role at least so long."""
+    cool_down_s: float = 30.0
+    """Between two flips of any engines."""
+    flip_timeout_s: float = 600.0
+    """An engine that has not taken its new role after so long is counted under its old one again."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key, if any setting is out of range."""
+        for name in ("gain", "window_s", "flip_timeout_s"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"engines.role_policy.{name}={getattr(self, name)}: must be greater than 0")
+        for name in ("min_residence_s", "cool_down_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"engines.role_policy.{name}={getattr(self, name)}: must not be negative")
+
+    def scaled(self, factor: float) -> RolePolicy:
+        """The same policy on a clock whose seconds are ``factor`` times as many."""
+        return replace(
+            self,
+            window_s=self.window_s * factor,
+            min_residence_s=self.min_residence_s * factor,
+            cool_down_s=self.cool_down_s * factor,
+            flip_timeout_s=self.flip_timeout_s * factor,
+        )
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """One engine at one moment. Counts of tokens, seconds and requests that "so far" says of are cumulative."""
+
+    name: str
+    role: Role
+    queued: float = 0
+    """Requests whose prompt is not computed yet."""
+    backlog_tokens: float = 0.0
+    """Prompt tokens of theirs still to compute."""
+    prefilled_tokens: float = 0.0
+    """So far."""
+    prefill_s: float = 0.0
+    """Seconds spent on it so far."""
+    decoding: float = 0
+    """Sequences that decode."""
+    slots: float = math.inf
+    """Most of them at once."""
+    half_concurrency: float = 0.0
+    """Sequences at which this engine decodes at half its peak."""
+    generated_tokens: float = 0.0
+    """So far."""
+    finished: float = 0
+    """Requests decoded to their end so far."""
+    suspended: float = 0
+    """Sessions between two turns that live here."""
+    kv_capacity: float = math.inf
+    """Tokens of KV that it holds, host memory for parked sessions included."""
+    kv_running: float = 0.0
+    kv_suspended: float = 0.0
+    """KV of sessions between two turns."""
+    kv_lost: float = 0.0
+    """KV that living sessions had and that was evicted: their next turns compute it again."""
+    first_token_s: float | None = None
+    """Mean seconds to the first token of late, if known."""
+    inter_token_s: float | None = None
+    """Mean seconds between two tokens of a sequence of late, if known."""
+
+
+@dataclass(frozen=True)
+class Flip:
+    """``name`` is to take the role ``to``, for this reason."""
+
+    name: str
+    to: Role
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, and what was not done although it looked good."""
+
+    flips: tuple[Flip, ...] = ()
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Circulation:
+    """What goes round in engines and tools, per unit of the present number of turns a second."""
+
+    prefill_s: float
+    """Engine-seconds of prefill a turn, without what evicted KV costs."""
+    queued: float
+    """Requests in the prefill stage."""
+    decoding: float
+    """Sequences that decode."""
+    suspended: float
+    """Sessions in their tools."""
+    engines: int
+    """That decode now."""
+    half_concurrency: float
+    slots: float
+    """Of one engine that decodes."""
+    kv_wanted: float
+    """KV of all sessions, evicted or not."""
+    kv_capacity: float
+    """Of one engine that decodes."""
+    context_s: float
+    """Engine-seconds to compute the mean context of a session."""
+
+    def lost_share(self, decode: int) -> float:
+        """Share of the KV that ``decode`` engines cannot hold."""
+        return max(0.0, 1.0 - decode * self.kv_capacity / self.kv_wanted) if self.kv_wanted > 0 else 0.0
+
+    def turns(self, prefill: int, decode: int, lost_share: float | None = None) -> float:
+        """Turns a second, over the present ones, with so many engines in each role.
+
+        ``lost_share``: take this share of the KV for evicted, not what ``decode`` engines cannot hold.
+        """
+        lost = self.lost_share(decode) if lost_share is None else lost_share
+        prompt_s = self.prefill_s + lost * self.context_s
+        per_engine = self.decoding / self.engines
+        token_cost = self.decoding / (per_engine + self.half_concurrency) if self.decoding > 0 else 0.0
+        most = [prefill / prompt_s] if prompt_s > 0 else []
+        if token_cost > 0:
+            most.append(decode / token_cost)
+            if math.isfinite(self.slots):
+                most.append(decode * self.slots / (token_cost * (self.slots + self.half_concurrency)))
+        if not most:
+            return 1.0
+        everybody = self.queued + self.decoding + self.suspended
+
+        def in_flight(turns: float) -> float:
+            waits = prompt_s / (1.0 - turns * prompt_s / prefill)
+            decodes = token_cost * self.half_concurrency / (1.0 - token_cost * turns / decode)
+            return turns * (self.suspended + waits + decodes)
+
+        low, high = 0.0, min(most) * BUSIEST
+        if in_flight(high) <= everybody:
+            return high
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if in_flight(middle) <= everybody else (low, middle)
+        return low
+
+
+@dataclass
+class _Engine:
+    """What the controller remembers of an engine."""
+
+    load: EngineLoad
+    since: float
+    """When it took its role, or was first seen."""
+
+
+@dataclass
+class _Averages:
+    """Exponentially weighted means over all engines of a role since the last change of roles."""
+
+    began_at: float
+    at: float
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, now: float, window_s: float, values: dict[str, float]) -> None:
+        """``values`` held since the last call. The first ones count fully, as nothing is known before."""
+        weight = 1.0 if not self.values else 1.0 - math.exp(-(now - self.at) / window_s)
+        for name, value in values.items():
+            before = self.values.get(name, value)
+            self.values[name] = before + weight * (value - before)
+        self.at = now
+
+
+class RoleController:
+    """Feed it loads with `observe`, carry out the flips that it returns, and go on telling the roles as they are.
+
+    An engine that was told to flip is counted under its new role at once; until its load says that role (it may have
+    requests to end first), nothing else is decided.
+    """
+
+    def __init__(self, policy: RolePolicy) -> None:
+        self.policy = policy
+        self._engines: dict[str, _Engine] = {}
+        self._pending: dict[str, tuple[Role, float]] = {}
+        self._averages: _Averages | None = None
+        self._last_flip = -math.inf
+        self.flips = 0
+        """How many were decided."""
+
+    def observe(self, loads: Sequence[EngineLoad], now: float) -> Decision:
+        """The loads of all engines at ``now`` (which never runs backwards); engines of mixed role are left alone."""
+        split = [load for load in loads if load.role is not Role.MIXED]
+        changed = self._learn_roles(split, now)
+        if self._pending:
+            return Decision()
+        prefill = [load for load in split if load.role is Role.PREFILL]
+        decode = [load for load in split if load.role is Role.DECODE]
+        if not prefill or not decode:
+            return self._refill(split, now)
+        if changed or self._averages is None:
+            self._averages = _Averages(now, now)
+            self._remember(split)
+            return Decision()
+        if now > self._averages.at:
+            self._averages.add(now, self.policy.window_s, self._rates(prefill, decode, now - self._averages.at))
+            self._remember(split)
+        if now - self._averages.began_at < self.policy.window_s or now - self._last_flip < self.policy.cool_down_s:
+            return Decision()
+        return self._decide(prefill, decode, now)
+
+    # Who is there
+
+    def _learn_roles(self, loads: Sequence[EngineLoad], now: float) -> bool:
+        """Note engines that came, went or took a role. Returns whether any did."""
+        names = {load.name for load in loads}
+        gone = self._engines.keys() - names
+        for name in gone:
+            del self._engines[name]
+            self._pending.pop(name, None)
+        changed = bool(gone)
+        for load in loads:
+            known = self._engines.get(load.name)
+            if known is None or known.load.role is not load.role:
+                self._engines[load.name] = _Engine(load, now)
+                changed = True
+            wanted = self._pending.get(load.name)
+            if wanted is not None and (load.role is wanted[0] or now - wanted[1] >= self.policy.flip_timeout_s):
+                del self._pending[load.name]
+                changed = True
+        return changed
+
+    def _remember(self, loads: Sequence[EngineLoad]) -> None:
+        for load in loads:
+            self._engines[load.name].load = load
+
+    def _refill(self, loads: Sequence[EngineLoad], now: float) -> Decision:
+        """A role has lost its last engine: the idlest of the others takes it, however short it has had its own."""
+        self._averages = None
+        if len(loads) < 2:
+            return Decision()
+        empty = Role.DECODE if loads[0].role is Role.PREFILL else Role.PREFILL
+        return self._flip(loads, empty, now, f"no engine is left to {empty.value}")
+
+    # What they do
+
+    def _rates(self, prefill: list[EngineLoad], decode: list[EngineLoad], elapsed: float) -> dict[str, float]:
+        """What happened since the last call, per second, and how things stand."""
+        prefill_s = self._growth(prefill, "prefill_s")
+        finished = self._growth(decode, "finished") / elapsed
+        generated = self._growth(decode, "generated_tokens") / elapsed
+        first_s, inter_s = _mean(prefill + decode, "first_token_s"), _mean(decode, "inter_token_s")
+        queued = sum(load.queued for load in prefill + decode)
+        decoding = sum(load.decoding for load in decode)
+        return {
+            "prefill_s": prefill_s / elapsed,
+            "prefilled": self._growth(prefill, "prefilled_tokens") / elapsed,
+            "finished": finished,
+            "queued": queued if first_s is None else finished * first_s,
+            "decoding": decoding if inter_s is None else generated * inter_s,
+            "backlog": sum(load.backlog_tokens for load in prefill),
+            "suspended": sum(load.suspended for load in prefill + decode),
+            "kv_kept": sum(load.kv_running + load.kv_suspended for load in decode),
+            "kv_lost": sum(load.kv_lost for load in prefill + decode),
+        }
+
+    def _growth(self, loads: list[EngineLoad], counter: str) -> float:
+        """How much a cumulative counter of these engines has grown; one that began anew counts from 0."""
+        grown = 0.0
+        for load in loads:
+            value, before = float(getattr(load, counter)), float(getattr(self._engines[load.name].load, counter))
+            grown += value - before if value >= before else value
+        return grown
+
+    def circulation(self, decode: Sequence[EngineLoad]) -> Circulation | None:
+        """The network as it was measured; None while too little went round to tell."""
+        if self._averages is None:
+            return None
+        mean = self._averages.values
+        turns, computed_s = mean.get("finished", 0.0), mean.get("prefill_s", 0.0)
+        if turns <= 0:
+            return None
+        wanted = mean["kv_kept"] + mean["kv_lost"]
+        sessions = mean["queued"] + mean["decoding"] + mean["suspended"]
+        speed = mean["prefilled"] / computed_s if computed_s > 0 else math.inf
+        context_s = turns * wanted / sessions / speed if sessions > 0 else 0.0
+        lost = mean["kv_lost"] / wanted if wanted > 0 else 0.0
+        return Circulation(
+            prefill_s=max(0.0, computed_s - lost * context_s),
+            queued=mean["queued"],
+            decoding=mean["decoding"],
+            suspended=mean["suspended"],
+            engines=len(decode),
+            half_concurrency=_mean(decode, "half_concurrency") or 0.0,
+            slots=_mean(decode, "slots") or math.inf,
+            kv_wanted=wanted,
+            kv_capacity=_mean(decode, "kv_capacity") or math.inf,
+            context_s=context_s,
+        )
+
+    # What to do
+
+    def _decide(self, prefill: list[EngineLoad], decode: list[EngineLoad], now: float) -> Decision:
+        measured = self.circulation(decode)
+        if measured is None:
+            return Decision()
+        m, n = len(prefill), len(decode)
+        present = measured.turns(m, n)
+        if present <= 0:
+            return Decision()
+        gains = {Role.PREFILL: -1.0, Role.DECODE: -1.0}
+        if n > 1:
+            gains[Role.PREFILL] = measured.turns(m + 1, n - 1) / present - 1.0
+        if m > 1:
+            gains[Role.DECODE] = measured.turns(m - 1, n + 1) / present - 1.0
+        to = max(gains, key=lambda role: gains[role])
+        if gains[to] < self.policy.gain:
+            return Decision(refused=self._refusal(measured, m, n, present))
+        return self._flip(decode if to is Role.PREFILL else prefill, to, now, self._reason(to, gains[to], m, n))
+
+    def _flip(self, candidates: Sequence[EngineLoad], to: Role, now: float, reason: str) -> Decision:
+        """Have the one flip that loses least by it, of those that may."""
+        rested = [
+            load for load in candidates if now - self._engines[load.name].since >= self.policy.min_residence_s
+        ] or (list(candidates) if reason.startswith("no engine") else [])
+        if not rested:
+            return Decision()
+        chosen = min(rested, key=_stake)
+        self._pending[chosen.name] = (to, now)
+        self._last_flip = now
+        self._averages = None
+        self.flips += 1
+        return Decision((Flip(chosen.name, to, reason),))
+
+    def _reason(self, to: Role, gain: float, m: int, n: int) -> str:
+        assert self._averages is not None
+        mean = self._averages.values
+        return (
+            f"{m} prefill engines are busy {mean['prefill_s'] / m:.0%} of the time with {mean['backlog']:.0f} tokens "
+            f"waiting, {n} decode {mean['decoding'] / n:.1f} sequences each, {mean['suspended']:.0f} sessions are in tools: "
+            f"one more to {to.value} promises {gain:+.1%} turns"
+        )
+
+    def _refusal(self, measured: Circulation, m: int, n: int, present: float) -> str:
+        """Why a flip to prefill was not made that only the KV of suspended sessions speaks against; empty when none was."""
+        if n < 2:
+            return ""
+        without = measured.turns(m + 1, n - 1, measured.lost_share(n)) / present - 1.0
+        if without < self.policy.gain:
+            return ""
+        gain = measured.turns(m + 1, n - 1) / present - 1.0
+        more = measured.lost_share(n - 1) - measured.lost_share(n)
+        return (
+            f"one more engine to prefill would evict {more * measured.kv_wanted:.0f} tokens of KV of suspended sessions: "
+            f"to compute them again takes {more * measured.context_s:.2f} of its seconds each second, and "
+            f"{without:+.1%} turns would become {gain:+.1%}"
+        )
+
+
+def _stake(load: EngineLoad) -> tuple[float, float, str]:
+    """What a flip of this engine disturbs: KV that must move or be computed again, work that goes elsewhere."""
+    return load.kv_running + load.kv_suspended, load.backlog_tokens, load.name
+
+
+def _mean(loads: Sequence[EngineLoad], name: str) -> float | None:
+    known = [value for load in loads if (value := getattr(load, name)) is not None]
+    return sum(known) / len(known) if known else None
