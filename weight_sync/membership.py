@@ -8,7 +8,8 @@
 
 A serving member that switches to a newer version stays ``serving`` (``switched``); a member that joins must load the
 *current* version: if a newer one was published while it was loading, it loads again. So a rebuilt engine never serves
-old weights. A dead member's name may join again, as a new member without weights.
+old weights. A member that drains still samples for the requests it has, so it takes part in updates until it is gone.
+A dead member's name may join again, as a new member without weights.
 """
 
 from __future__ import annotations
@@ -83,14 +84,17 @@ class Membership:
     def switched(self, name: str, version: int) -> None:
         """A serving (or draining) member committed ``version``."""
         member = self._expect(name, "switched", MemberState.SERVING, MemberState.DRAINING)
+        if member.version is None:
+            raise self._refused(member, "switched")
         if member.version is not None and version < member.version:
             raise TransitionError(f"engine {name} cannot go back from version {member.version} to {version}")
         self._change(name, member.state, version)
 
     def drain(self, name: str) -> None:
         """No new requests for this member; those in flight end first."""
-        self._expect(name, "drain", MemberState.STARTING, MemberState.LOADING, MemberState.SERVING)
-        self._change(name, MemberState.DRAINING, self._members[name].version)
+        member = self._expect(name, "drain", MemberState.STARTING, MemberState.LOADING, MemberState.SERVING)
+        held = member.version if member.state is MemberState.SERVING else None  # what it was loading, it does not hold
+        self._change(name, MemberState.DRAINING, held)
 
     def died(self, name: str) -> bool:
         """The member is gone. False if that was known already."""
@@ -107,6 +111,15 @@ class Membership:
         """Members that may take traffic, in the order of their first joining."""
         return [member.name for member in self._members.values() if member.state is MemberState.SERVING]
 
+    def sampling(self) -> list[str]:
+        """Members that hold weights and may still sample tokens, draining ones too: whom an update must reach."""
+        states = (MemberState.SERVING, MemberState.DRAINING)
+        return [m.name for m in self._members.values() if m.state in states and m.version is not None]
+
+    def knows(self, name: str) -> bool:
+        """Whether a member of that name was ever there."""
+        return name in self._members
+
     def alive(self) -> list[str]:
         return [member.name for member in self._members.values() if member.state is not MemberState.DEAD]
 
@@ -115,9 +128,8 @@ class Membership:
 
     def oldest_served(self) -> int | None:
         """The oldest version that still samples tokens (draining members do, too); None when nobody serves."""
-        states = (MemberState.SERVING, MemberState.DRAINING)
-        versions = [m.version for m in self._members.values() if m.state in states and m.version is not None]
-        return min(versions, default=None)
+        versions = [self._members[name].version for name in self.sampling()]
+        return min((version for version in versions if version is not None), default=None)
 
     def _known(self, name: str, event: str) -> Member:
         if name not in self._members:
