@@ -1,0 +1,158 @@
+"""From a launch to a server that answers: port, process, readiness, identity."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout_workers.engines.servers.adapter import Launch, ServerAdapter
+from rollout_workers.engines.servers.environment import judge_identity
+from rollout_workers.engines.servers.errors import (
+    ServerNotStarted,
+    ServerSilent,
+    ServerUnreachable,
+)
+from rollout_workers.engines.servers.http import ServerConnection
+from rollout_workers.engines.servers.process import ServerProcess, free_port, log_tail, port_was_taken, telling_line
+
+logger = logging.getLogger(__name__)
+
+PORTS = 3
+"""How many ports are tried when others take them first."""
+PROBE_EVERY_S = 0.25
+PROBE_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServerTimes:
+    """Seconds: until a started server must answer, and the longest silence during a call."""
+
+    startup_timeout_s: float
+    request_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers. ``process`` is None for one that somebody else started."""
+
+    connection: ServerConnection
+    process: ServerProcess | None
+
+    async def close(self) -> None:
+        """Let go of the connection, and end the process if it is ours."""
+        await self.connection.close()
+        if self.process is not None:
+            await self.process.stop()
+
+
+async def start_server(
+    adapter: ServerAdapter,
+    launch_at: Callable[[int], Launch],
+    environment: Mapping[str, str],
+    log: Path,
+    times: ServerTimes,
+    choose_port: Callable[[str], int] = free_port,
+) -> Server:
+    """Start a server and wait until it answers. ``launch_at`` makes the launch for a port.
+
+    Raises ServerNotStarted, with the last lines of the log, if it ends or is not ready in time. A port that somebody
+    else took first is not an error until several were.
+    """
+    host = launch_at(0).host
+    taken: list[int] = []
+    while True:
+        port = choose_port(host)
+        launch = launch_at(port)
+        server = await _start_at(adapter, launch, environment, log, times)
+        try:
+            await _until_ready(adapter, server, times.startup_timeout_s)
+            await _identify(adapter, server.connection, launch.max_len)
+        except ServerNotStarted:
+            ended = server.process is not None and server.process.ended.is_set()
+            await server.close()
+            if not (ended and port_was_taken(log, host, port)):
+                raise
+            taken.append(port)
+            if len(taken) == PORTS:
+                raise ServerNotStarted(
+                    f"{adapter.name} did not start: the ports {', '.join(map(str, taken))} of {host} were in use"
+                ) from None
+            logger.warning("port %d was taken by somebody else; trying another", port)
+        except BaseException:
+            await server.close()
+            raise
+        else:
+            return server
+
+
+async def join_server(adapter: ServerAdapter, url: str, max_len: int, times: ServerTimes) -> Server:
+    """A server that runs already. Raises EnvironmentUnfit if it is another version, ServerNotStarted if it is not there."""
+    server = Server(ServerConnection(url, times.request_timeout_s), None)
+    try:
+        await _until_ready(adapter, server, times.startup_timeout_s)
+        await _identify(adapter, server.connection, max_len)
+    except BaseException:
+        await server.close()
+        raise
+    return server
+
+
+async def _start_at(
+    adapter: ServerAdapter, launch: Launch, environment: Mapping[str, str], log: Path, times: ServerTimes
+) -> Server:
+    command = adapter.command(launch)
+    logger.info("starting %s on port %d: %s (its output: %s)", adapter.name, launch.port, " ".join(command), log)
+    process = await ServerProcess.start(command, {**adapter.environment(launch), **environment}, log)
+    connection = ServerConnection(f"http://{launch.host}:{launch.port}", times.request_timeout_s)
+    return Server(connection, process)
+
+
+async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float) -> None:
+    """Probe until it answers 200; ends at once when the process does."""
+    process = server.process
+    ended = asyncio.create_task(process.ended.wait()) if process is not None else None
+    last = "no answer yet"
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                ready, last = await _probe(adapter, server.connection)
+                if ready:
+                    return
+                if ended is None:
+                    await asyncio.sleep(PROBE_EVERY_S)  # a server does not say when it begins to answer
+                elif (await asyncio.wait({ended}, timeout=PROBE_EVERY_S))[0]:
+                    assert process is not None
+                    raise ServerNotStarted(_explained(f"{adapter.name} did not start", process))
+    except TimeoutError:
+        what = f"{adapter.name} at {server.connection.url} was not ready within {timeout_s:g} s ({last})"
+        raise ServerNotStarted(what if process is None else _explained(what, process)) from None
+    finally:
+        if ended is not None:
+            ended.cancel()
+
+
+async def _probe(adapter: ServerAdapter, connection: ServerConnection) -> tuple[bool, str]:
+    try:
+        async with asyncio.timeout(PROBE_S):
+            reply = await connection.send(adapter.ready())
+    except TimeoutError:
+        return False, f"no answer within {PROBE_S:g} s"
+    except (ServerUnreachable, ServerSilent) as error:
+        return False, str(error)
+    return reply.status == 200, f"it answered {reply.status}"
+
+
+async def _identify(adapter: ServerAdapter, connection: ServerConnection, max_len: int) -> None:
+    identity = adapter.parse_identity(await connection.ask(adapter.identity()))
+    judge_identity(adapter, identity, connection.url, max_len)
+
+
+def _explained(what: str, process: ServerProcess) -> str:
+    """The cause in the first line, the end of the log below it."""
+    reasons = [part for part in (process.reason, telling_line(process.log)) if part]
+    head = f"{what}: {'; '.join(reasons)}" if reasons else what
+    tail = log_tail(process.log)
+    return "\n".join([head, f"the last lines of {process.log}:", *(f"  {line}" for line in tail or ["(it is empty)"])])

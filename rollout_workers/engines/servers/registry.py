@@ -1,0 +1,33 @@
+"""Which adapter drives which kind of server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollout_workers.engines.servers.adapter import ServerAdapter
+
+if TYPE_CHECKING:
+    from rollout_workers.engines.config import EnginesConfig
+    from rollout_workers.engines.sglang.config import SglangConfig
+    from rollout_workers.engines.vllm.config import VllmConfig
+
+SERVER_KINDS = ("vllm", "sglang")
+"""Engines that are servers in processes of their own."""
+
+
+def make_adapter(config: EnginesConfig) -> ServerAdapter:
+    """The adapter for ``config.kind``."""
+    if config.kind == "vllm":
+        from rollout_workers.engines.vllm.adapter import VllmAdapter
+
+        return VllmAdapter(config.vllm)
+    if config.kind == "sglang":
+        from rollout_workers.engines.sglang.adapter import SglangAdapter
+
+        return SglangAdapter(config.sglang)
+    raise ValueError(f"engines.kind={config.kind} is no server; servers are {', '.join(SERVER_KINDS)}")
+
+
+def server_settings(config: EnginesConfig) -> VllmConfig | SglangConfig:
+    """The settings of the kind of server that ``config`` names."""
+    return config.vllm if config.kind == "vllm" else config.sglang
