@@ -11,8 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import msgspec
 
@@ -20,57 +18,23 @@ from env_pool.pacing import in_slices
 from experience.vitals import SUBMIT, process_vitals
 from experience.wire import decode, encode
 from rollout_workers.continuation import Relocation, joined, remaining
-from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.engines.protocol import EngineLoad, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 from rollout_workers.router import Router
+from rollout_workers.submission import EngineHandle, EngineLine, Pending, RayEngineHandle, SubmitBatch
+
+__all__ = ["EngineClient", "EngineHandle", "RayEngineHandle", "SubmitBatch", "joined", "remaining"]
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 128
 """Requests that travel together, unless the run is in lock-step: the engine takes them in one turn of its event loop."""
 
+MAX_RELEASES = 16
+"""Releases that may wait for the next request to travel with, while requests are in flight."""
 
-class SubmitBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One submission: requests to start, sessions whose KV is no longer needed, requests to abort."""
-
-    client: str
-    requests: list[GenerateRequest]
-    releases: list[str]
-    aborts: list[str]
-
-
-class EngineHandle(Protocol):
-    """The two calls of an engine actor that a worker makes; both are awaited."""
-
-    async def submit(self, batch: bytes) -> None: ...
-
-    async def collect(self, client: str) -> bytes: ...
-
-
-@dataclass
-class _Pending:
-    """A request in flight and what has arrived of it."""
-
-    request: GenerateRequest
-    future: asyncio.Future[TokenChunk]
-    chunks: list[TokenChunk] = field(default_factory=list)
-    engine: str = ""
-    asked_at: float = field(default_factory=time.monotonic)
-    leaving: bool = False
-    """Taken off an engine that drains: what it aborts goes on elsewhere."""
-
-
-@dataclass
-class _Engine:
-    handle: EngineHandle
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    requests: list[GenerateRequest] = field(default_factory=list)
-    releases: list[str] = field(default_factory=list)
-    aborts: list[str] = field(default_factory=list)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    draining: bool = False
-    empty: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once an engine that drains has none of this client's requests."""
+MAX_ABORTS = 8
+"""Times in a row that engines may abort a request of their own accord before it got another token."""
 
 
 class EngineClient:
@@ -86,19 +50,23 @@ class EngineClient:
         engine_timeout_s: float = 120.0,
         barrier: Callable[[int], bool] | None = None,
         on_engine_lost: Callable[[str, BaseException], None] | None = None,
+        on_load: Callable[[str, EngineLoad], None] | None = None,
     ) -> None:
+        """``on_load`` hears of how busy an engine says it is, after each submission to it."""
         self.client = client
         self._timeout_s = engine_timeout_s
         self._barrier = barrier
         self._on_engine_lost = on_engine_lost
+        self._on_load = on_load
         self._router = Router()
-        self._engines: dict[str, _Engine] = {}
-        self._pending: dict[str, _Pending] = {}
-        self._held: list[_Pending] = []
+        self._engines: dict[str, EngineLine] = {}
+        self._pending: dict[str, Pending] = {}
+        self._of_session: dict[str, Pending] = {}
+        self._held: list[Pending] = []
         self._held_releases: list[str] = []
         self._joined = asyncio.Event()
         self.continued = 0
-        """Requests that went on elsewhere after their engine was lost or drained."""
+        """Requests that went on elsewhere after their engine was lost, was drained or had aborted them."""
         self.losses: dict[str, Relocation] = {}
         """What became of the requests of each engine that was lost."""
 
@@ -117,7 +85,7 @@ class EngineClient:
         """An engine that serves the current weights joins."""
         if name in self._engines:
             return
-        engine = _Engine(handle)
+        engine = EngineLine(handle)
         self._engines[name] = engine
         self._router.add(name)
         engine.tasks = [asyncio.create_task(self._send(name, engine)), asyncio.create_task(self._receive(name, engine))]
@@ -165,7 +133,7 @@ class EngineClient:
             if pending.request.request_id in unsent:
                 self._go_on(pending)
         self._check_empty(name)
-        left: list[_Pending] = []
+        left: list[Pending] = []
         try:
             async with asyncio.timeout(grace_s):
                 await engine.empty.wait()
@@ -175,7 +143,7 @@ class EngineClient:
         self._forget(name, engine)
         return len(here) - len(left) - len(unsent), len(left) + len(unsent)
 
-    async def _take_off(self, name: str, engine: _Engine, left: list[_Pending]) -> None:
+    async def _take_off(self, name: str, engine: EngineLine, left: list[Pending]) -> None:
         """Have the engine abort what it still has; one that does not answer is treated as lost."""
         for pending in left:
             pending.leaving = True
@@ -187,7 +155,7 @@ class EngineClient:
         except TimeoutError:
             self.remove_engine(name, TimeoutError(f"it did not let go of its requests within {self._timeout_s:.0f} s"))
 
-    def _forget(self, name: str, engine: _Engine) -> None:
+    def _forget(self, name: str, engine: EngineLine) -> None:
         """The engine gets nothing more and is not listened to."""
         if self._engines.pop(name, None) is None:
             return
@@ -209,18 +177,19 @@ class EngineClient:
         if engine is not None and engine.draining and all(p.engine != name for p in self._pending.values()):
             engine.empty.set()
 
-    def _go_on(self, pending: _Pending) -> None:
+    def _go_on(self, pending: Pending) -> None:
         """Continue elsewhere, from the last token."""
         self.continued += 1
-        left, pending.leaving = pending.engine, False
+        left, pending.engine, pending.leaving = pending.engine, "", False
+        self._router.finished(left)
         self._route(pending)
         self._check_empty(left)
 
     async def generate(self, request: GenerateRequest) -> TokenChunk:
         """All tokens of a request, in one chunk. Raises EngineFault when no engine served it in time."""
         future: asyncio.Future[TokenChunk] = asyncio.get_running_loop().create_future()
-        pending = _Pending(request, future)
-        self._pending[request.request_id] = pending
+        pending = Pending(request, future)
+        self._pending[request.request_id] = self._of_session[request.session_id] = pending
         try:
             if not self._router.members:
                 await self._wait_for_engine()
@@ -235,21 +204,27 @@ class EngineClient:
             raise
         finally:
             del self._pending[request.request_id]
+            if self._of_session.get(request.session_id) is pending:
+                del self._of_session[request.session_id]
             self._router.finished(pending.engine)
+            self._send_releases(pending.engine)
             self._check_empty(pending.engine)
             for loss in self.losses.values():
                 loss.ended(request.request_id)
 
     def release(self, session_id: str) -> None:
-        """The session is over: its engine may drop the KV."""
+        """The session is over: its engine may drop the KV. A request of it that is in flight is cancelled."""
+        pending = self._of_session.get(session_id)
+        if pending is not None:
+            pending.future.cancel()
         if self._barrier is not None:
             self._held_releases.append(session_id)
             return
         self._release_now(session_id)
 
     def check_barrier(self) -> None:
-        """Lock-step only: send what is held if every live episode waits for a generation."""
-        if self._barrier is None or not self._held or not self._barrier(len(self._held)):
+        """Lock-step only: send what is held if every live episode waits for a generation (or none is alive)."""
+        if self._barrier is None or not self._barrier(len(self._held)):
             return
         for session in sorted(self._held_releases):
             self._release_now(session)
@@ -257,6 +232,9 @@ class EngineClient:
         self._held, self._held_releases = [], []
         for pending in held:
             self._route(pending)
+        if not held:
+            for name in self._engines:
+                self._send_releases(name)
 
     async def close(self) -> None:
         for engine in self._engines.values():
@@ -267,10 +245,17 @@ class EngineClient:
     def _release_now(self, session_id: str) -> None:
         home = self._router.release(session_id)
         if home is not None and home in self._engines:
-            engine = self._engines[home]
-            engine.releases.append(session_id)
-            if self._barrier is None and len(engine.releases) >= 16:
-                engine.wake.set()
+            self._engines[home].releases.append(session_id)
+            if self._barrier is None:
+                self._send_releases(home)
+
+    def _send_releases(self, name: str) -> None:
+        """Releases travel with requests; without any on their way they need not wait."""
+        engine = self._engines.get(name)
+        if engine is None or not engine.releases:
+            return
+        if len(engine.releases) >= MAX_RELEASES or not self._router.requests(name):
+            engine.wake.set()
 
     async def _wait_for_engine(self) -> None:
         try:
@@ -278,7 +263,7 @@ class EngineClient:
         except TimeoutError:
             raise EngineFault(f"no inference engine was serving within {self._timeout_s:.0f} s") from None
 
-    def _route(self, pending: _Pending) -> None:
+    def _route(self, pending: Pending) -> None:
         """Send a request, or what is left of it, to the engine of its session."""
         left = remaining(pending.request, pending.chunks)
         if left.max_tokens <= 0:
@@ -286,7 +271,11 @@ class EngineClient:
                 msgspec.structs.replace(joined(pending.chunks), finish_reason=FinishReason.LENGTH)
             )
             return
-        name = self._router.choose(pending.request.session_id)
+        session = pending.request.session_id
+        home = self._router.home(session)
+        name = self._router.choose(session, len(left.prompt), left.prefix_group)
+        if home is not None and home != name and home in self._engines:
+            self._engines[home].releases.append(session)
         if name is None:
             pending.engine = ""
             waiter = asyncio.create_task(self._route_later(pending))
@@ -297,7 +286,7 @@ class EngineClient:
         engine.requests.append(left)
         engine.wake.set()
 
-    async def _route_later(self, pending: _Pending) -> None:
+    async def _route_later(self, pending: Pending) -> None:
         try:
             await self._wait_for_engine()
         except EngineFault as fault:
@@ -307,7 +296,7 @@ class EngineClient:
         if not pending.future.done():
             self._route(pending)
 
-    def _abort(self, pending: _Pending) -> None:
+    def _abort(self, pending: Pending) -> None:
         if pending in self._held:
             self._held.remove(pending)
         engine = self._engines.get(pending.engine)
@@ -320,7 +309,7 @@ class EngineClient:
         engine.aborts.append(pending.request.request_id)
         engine.wake.set()
 
-    async def _send(self, name: str, engine: _Engine) -> None:
+    async def _send(self, name: str, engine: EngineLine) -> None:
         """Submit whatever has gathered, one call at a time."""
         while True:
             await engine.wake.wait()
@@ -333,7 +322,7 @@ class EngineClient:
                 engine.wake.set()
             self._observe(batch.requests)
             try:
-                await engine.handle.submit(encode(batch))
+                load = await engine.handle.submit(encode(batch))
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, the engine is unusable
@@ -341,6 +330,14 @@ class EngineClient:
                 return
             for loss in self.losses.values():
                 loss.took(request.request_id for request in batch.requests)
+            if load is not None and self._barrier is None:
+                self._heard(name, decode(load, EngineLoad))
+
+    def _heard(self, name: str, load: EngineLoad) -> None:
+        """An engine has told how busy it is."""
+        self._router.report(name, load.sessions - load.own_sessions, load.requests - load.own_requests)
+        if self._on_load is not None:
+            self._on_load(name, load)
 
     def _observe(self, requests: list[GenerateRequest]) -> None:
         """Note how long new requests waited for the submission before theirs (continued ones are not new)."""
@@ -350,7 +347,7 @@ class EngineClient:
             if pending is not None and pending.request is request:
                 vitals.observe(SUBMIT, now - pending.asked_at)
 
-    async def _receive(self, name: str, engine: _Engine) -> None:
+    async def _receive(self, name: str, engine: EngineLine) -> None:
         while True:
             try:
                 chunks = decode(await engine.handle.collect(self.client), list[TokenChunk])
@@ -367,21 +364,16 @@ class EngineClient:
         if pending is None or pending.engine != name or pending.future.done():
             return
         pending.chunks.append(chunk)
-        if chunk.finish_reason is FinishReason.ABORT and pending.leaving:
-            self._go_on(pending)
+        if chunk.finish_reason is FinishReason.ABORT:
+            self._was_aborted(pending, chunk)
         elif chunk.finish_reason is not None:
             pending.future.set_result(joined(pending.chunks))
 
-
-class RayEngineHandle:
-    """An engine actor's handle with plain awaitable calls."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def submit(self, batch: bytes) -> None:
-        await self._actor.submit.remote(batch)
-
-    async def collect(self, client: str) -> bytes:
-        result: bytes = await self._actor.collect.remote(client)
-        return result
+    def _was_aborted(self, pending: Pending, chunk: TokenChunk) -> None:
+        """By the engine: whoever waits for this request has not given it up, so it goes on."""
+        pending.fruitless = 0 if len(chunk.tokens) or pending.leaving else pending.fruitless + 1
+        if pending.fruitless > MAX_ABORTS:
+            fault = EngineFault(f"engines aborted a request {pending.fruitless} times, {pending.engine} was the last")
+            pending.future.set_exception(fault)
+        else:
+            self._go_on(pending)
