@@ -221,6 +221,11 @@ class Episode:
         if recorded is not None:
             chunk, began_at, ended_at = recorded.chunk(), recorded.began_at, recorded.ended_at
         else:
+            if context.ended:
+                raise EpisodeError(
+                    f"generate() was called after episode {context.episode_id} had ended: await all tasks of the loop "
+                    "before it returns (asyncio.TaskGroup does)"
+                )
             began_at = context.clock()
             if context.opened_at is not None:
                 process_vitals().observe(DISPATCH, began_at - context.opened_at)
@@ -237,6 +242,7 @@ class Episode:
                     stop=stop,
                     seed=context.seed_of(self._builder),
                     pinned_version=context.pinned_version,
+                    prefix_group=context.group_id,
                 )
             )
             ended_at = context.clock()

@@ -69,6 +69,8 @@ class EpisodeContext:
     rewrites: int = 0
     environment_s: float = 0.0
     generate_s: float = 0.0
+    ended: bool = False
+    """Nobody waits for the loop any more. What it left running (a task of its own) gets no more generations."""
     waits: dict[int, float] = field(default_factory=dict)
     """Seconds in `reset` and `step` of environments, by the number of generations that came before."""
 
@@ -85,6 +87,12 @@ class EpisodeContext:
         """An environment took ``seconds`` to answer."""
         turn = sum(builder.generations for builder in self.builders)
         self.waits[turn] = self.waits.get(turn, 0.0) + seconds
+
+    def end(self) -> None:
+        """The loop is over, however that came: none of its sessions stays on an engine."""
+        self.ended = True
+        for builder in self.builders:
+            self.generator.release(self.session_of(builder))
 
     def session_of(self, builder: TrajectoryBuilder) -> str:
         return f"{builder.trajectory_id}#{self.attempt}"

@@ -214,8 +214,7 @@ class RolloutWorker:
                 replay = type(replay)()
                 continue
             finally:
-                for builder in context.builders:
-                    self.engines.release(context.session_of(builder))
+                context.end()
             await self._deliver(assignment, context, status, reward, began_at)
             return
 
