@@ -77,6 +77,10 @@ class Scheduler:
         self._admitted = 0
         self._last_pin = SERVED
         self._waiting_sessions: set[str] = set()
+        self.on_evicted: Callable[[int], None] = _nothing
+        """Called with a slot whose idle session is about to lose it."""
+        self.on_seated: Callable[[int], None] = _nothing
+        """Called with a slot that was just given to a session."""
 
     def busy(self, session_id: str) -> bool:
         """Whether a request of the session waits or runs."""
@@ -100,16 +104,24 @@ class Scheduler:
         started = []
         while self.waiting:
             session_id = self.waiting[0].session_id
-            slot = self.table.slot_of.get(session_id)
+            slot = self.seat(session_id)
             if slot is None:
-                if not self.table.free and not self._evict():
-                    break
-                slot = self.table.take(session_id)
+                break
             self.table.start(slot, self.waiting.popleft(), self._admitted)
             self._waiting_sessions.discard(session_id)
             self._admitted += 1
             started.append(slot)
         return started
+
+    def seat(self, session_id: str) -> int | None:
+        """The slot of a session, which gets one if it has none; None while all are in use."""
+        slot = self.table.slot_of.get(session_id)
+        if slot is None:
+            if not self.table.free and not self._evict():
+                return None
+            slot = self.table.take(session_id)
+            self.on_seated(slot)
+        return slot
 
     def _evict(self) -> bool:
         """Free the idle slot that was unused longest, one whose session has a request waiting only if all have."""
@@ -118,6 +130,7 @@ class Scheduler:
         victim = next(iter(table.idle), None) if victim is None else victim
         if victim is None:
             return False
+        self.on_evicted(victim)
         table.drop(victim)
         self.evicted += 1
         return True
@@ -236,3 +249,7 @@ class Scheduler:
         slot = self.table.slot_of.get(session_id)
         if slot is not None:
             self.table.drop(slot)
+
+
+def _nothing(slot: int) -> None:
+    """For when nobody parks."""

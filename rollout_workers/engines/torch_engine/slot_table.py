@@ -64,6 +64,8 @@ class SlotTable:
         self.stop_ids = np.full((slots, 1), -1, np.int64)
         self.cached = np.zeros(slots, np.int64)
         """Prompt tokens that the request found in the cache; -1 once reported."""
+        self.received = np.zeros(slots, np.int64)
+        """Tokens whose KV another engine has computed for the next request: not found in the cache, but handed over."""
         self.request: list[GenerateRequest | None] = [None] * slots
         self.matcher: list[StopMatcher | None] = [None] * slots
         """Finds the stop strings of the running request, if it has any."""
@@ -92,18 +94,20 @@ class SlotTable:
         self.idle.pop(slot, None)
         del self.slot_of[session_id]
         self.session[slot] = None
-        self.length[slot] = self.kv_length[slot] = 0
+        self.length[slot] = self.kv_length[slot] = self.received[slot] = 0
         heapq.heappush(self._free, slot)
 
     def start(self, slot: int, request: GenerateRequest, order: int) -> int:
         """Begin a request in its session's slot; returns how many prompt tokens have their KV already."""
         prompt = request.prompt
         pin = SERVED if request.pinned_version is None else request.pinned_version
-        cached = self._shared_prefix(slot, prompt) if self.pin[slot] == pin else 0
+        cached = self.shared_prefix(slot, prompt, len(prompt) - 1) if self.pin[slot] == pin else 0
         size = len(prompt)
         self.tokens[slot, :size] = prompt
         self.length[slot] = self.emitted[slot] = size
-        self.kv_length[slot] = self.cached[slot] = cached
+        self.kv_length[slot] = cached
+        self.cached[slot] = max(0, cached - int(self.received[slot]))
+        self.received[slot] = 0
         self.limit[slot] = size + request.max_tokens
         self.pin[slot] = pin
         greedy = request.temperature == 0
@@ -128,6 +132,28 @@ class SlotTable:
         self.request[slot] = self.matcher[slot] = None
         self.idle[slot] = None
 
+    def expect(self, slot: int, prompt: npt.NDArray[np.int32], pin: int, max_tokens: int) -> int:
+        """Prepare an idle slot for KV of ``prompt`` from elsewhere; returns how many of its tokens have theirs already.
+
+        The slot is neither idle nor running until `rest` or a request of its session.
+        """
+        size = len(prompt)
+        have = self.shared_prefix(slot, prompt, size) if self.pin[slot] == pin else 0
+        self.tokens[slot, :size] = prompt
+        self.length[slot] = self.emitted[slot] = size
+        self.kv_length[slot] = have
+        self.limit[slot] = size + max_tokens
+        self.pin[slot] = pin
+        self.received[slot] = 0
+        self.idle.pop(slot, None)
+        return have
+
+    def rest(self, slot: int) -> None:
+        """A slot that does not run becomes the last to be evicted."""
+        if not self.running[slot]:
+            self.idle.pop(slot, None)
+            self.idle[slot] = None
+
     def swap(self, low: IntArray, high: IntArray) -> int:
         """Exchange the contents of slots ``low[i]`` and ``high[i]``; returns the length of the longest of them."""
         to, source = np.concatenate([low, high]), np.concatenate([high, low])
@@ -147,9 +173,9 @@ class SlotTable:
         self._free = sorted(renamed.get(slot, slot) for slot in self._free)
         return int(self.length[to].max())
 
-    def _shared_prefix(self, slot: int, prompt: npt.NDArray[np.int32]) -> int:
-        """Length of the longest prefix of ``prompt`` in the cache, leaving at least one token to compute."""
-        most = min(int(self.kv_length[slot]), len(prompt) - 1)
+    def shared_prefix(self, slot: int, prompt: npt.NDArray[np.int32], most: int) -> int:
+        """Length of the longest prefix of ``prompt`` in the cache, at most ``most``."""
+        most = min(int(self.kv_length[slot]), most)
         differs = np.flatnonzero(self.tokens[slot, :most] != prompt[:most])
         return int(differs[0]) if len(differs) else most
 
