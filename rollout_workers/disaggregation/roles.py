@@ -1,14 +1,8 @@
 """Which engines prefill and which decode, by measured load (``engines.roles: auto``). Pure; time is an argument.
 
-The episodes in flight circulate: a turn's prompt is computed (m engines), its tokens are decoded (n engines), its tool
-works, and the next turn begins. So the engines are a closed queueing network, and what counts for a run is how many turns a
-second go round. What a turn needs of each part is measured; `Circulation.turns` then says what another division of the
-same engines would yield:
-
-* prefill: A engine-seconds a turn on m engines, so at most m / A turns, and the nearer to that the longer the queue;
-* decoding: c sequences on n engines take ``(c / n + c0)`` a token (the law of `CostModel.sequence_rate`), at most ``slots`` each;
-* KV: sessions that wait for tools keep theirs on the engines that decode. The share that n engines cannot hold is computed
-  again on the next turn, which adds to A. A flip to prefill takes KV away and may so make more work than it can do.
+What goes round in engines and tools is measured, and `Circulation` says what another division of the same engines would
+yield. The KV of sessions that wait for tools is part of that: a flip to prefill takes the room of KV away, and what then does
+not fit any more is computed again.
 
 An engine flips when that promises at least ``gain`` more turns, when it has kept its role for a while, when the last flip
 has shown its effect, and never when it is the last of its role.
@@ -19,24 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
-__all__ = ["Circulation", "Decision", "EngineLoad", "Flip", "Role", "RoleController", "RolePolicy"]
+from rollout_workers.disaggregation.circulation import Circulation
+from rollout_workers.engines.protocol import EngineRole
 
-BUSIEST = 0.999
-"""Share of its limit up to which a stage is thought to be loaded: at the limit itself its queue is infinite."""
-HALVINGS = 60
-
-
-class Role(StrEnum):
-    """What an engine does of a request."""
-
-    MIXED = "mixed"
-    """All of it."""
-    PREFILL = "prefill"
-    """Its prompt; the KV goes to an engine that decodes."""
-    DECODE = "decode"
-    """Its tokens; sessions between turns keep their KV here."""
+__all__ = ["Decision", "Flip", "RoleController", "RoleLoad", "RolePolicy"]
 
 
 @dataclass
@@ -75,11 +56,11 @@ class RolePolicy:
 
 
 @dataclass(frozen=True)
-class EngineLoad:
+class RoleLoad:
     """One engine at one moment. Counts of tokens, seconds and requests that "so far" says of are cumulative."""
 
     name: str
-    role: Role
+    role: EngineRole
     queued: float = 0
     """Requests whose prompt is not computed yet."""
     backlog_tokens: float = 0.0
@@ -118,7 +99,7 @@ class Flip:
     """``name`` is to take the role ``to``, for this reason."""
 
     name: str
-    to: Role
+    to: EngineRole
     reason: str
 
 
@@ -130,71 +111,11 @@ class Decision:
     refused: str = ""
 
 
-@dataclass(frozen=True)
-class Circulation:
-    """What goes round in engines and tools, per unit of the present number of turns a second."""
-
-    prefill_s: float
-    """Engine-seconds of prefill a turn, without what evicted KV costs."""
-    queued: float
-    """Requests in the prefill stage."""
-    decoding: float
-    """Sequences that decode."""
-    suspended: float
-    """Sessions in their tools."""
-    engines: int
-    """That decode now."""
-    half_concurrency: float
-    slots: float
-    """Of one engine that decodes."""
-    kv_wanted: float
-    """KV of all sessions, evicted or not."""
-    kv_capacity: float
-    """Of one engine that decodes."""
-    context_s: float
-    """Engine-seconds to compute the mean context of a session."""
-
-    def lost_share(self, decode: int) -> float:
-        """Share of the KV that ``decode`` engines cannot hold."""
-        return max(0.0, 1.0 - decode * self.kv_capacity / self.kv_wanted) if self.kv_wanted > 0 else 0.0
-
-    def turns(self, prefill: int, decode: int, lost_share: float | None = None) -> float:
-        """Turns a second, over the present ones, with so many engines in each role.
-
-        ``lost_share``: take this share of the KV for evicted, not what ``decode`` engines cannot hold.
-        """
-        lost = self.lost_share(decode) if lost_share is None else lost_share
-        prompt_s = self.prefill_s + lost * self.context_s
-        per_engine = self.decoding / self.engines
-        token_cost = self.decoding / (per_engine + self.half_concurrency) if self.decoding > 0 else 0.0
-        most = [prefill / prompt_s] if prompt_s > 0 else []
-        if token_cost > 0:
-            most.append(decode / token_cost)
-            if math.isfinite(self.slots):
-                most.append(decode * self.slots / (token_cost * (self.slots + self.half_concurrency)))
-        if not most:
-            return 1.0
-        everybody = self.queued + self.decoding + self.suspended
-
-        def in_flight(turns: float) -> float:
-            waits = prompt_s / (1.0 - turns * prompt_s / prefill)
-            decodes = token_cost * self.half_concurrency / (1.0 - token_cost * turns / decode)
-            return turns * (self.suspended + waits + decodes)
-
-        low, high = 0.0, min(most) * BUSIEST
-        if in_flight(high) <= everybody:
-            return high
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if in_flight(middle) <= everybody else (low, middle)
-        return low
-
-
 @dataclass
 class _Engine:
     """What the controller remembers of an engine."""
 
-    load: EngineLoad
+    load: RoleLoad
     since: float
     """When it took its role, or was first seen."""
 
@@ -226,20 +147,20 @@ class RoleController:
     def __init__(self, policy: RolePolicy) -> None:
         self.policy = policy
         self._engines: dict[str, _Engine] = {}
-        self._pending: dict[str, tuple[Role, float]] = {}
+        self._pending: dict[str, tuple[EngineRole, float]] = {}
         self._averages: _Averages | None = None
         self._last_flip = -math.inf
         self.flips = 0
         """How many were decided."""
 
-    def observe(self, loads: Sequence[EngineLoad], now: float) -> Decision:
+    def observe(self, loads: Sequence[RoleLoad], now: float) -> Decision:
         """The loads of all engines at ``now`` (which never runs backwards); engines of mixed role are left alone."""
-        split = [load for load in loads if load.role is not Role.MIXED]
+        split = [load for load in loads if load.role is not EngineRole.MIXED]
         changed = self._learn_roles(split, now)
         if self._pending:
             return Decision()
-        prefill = [load for load in split if load.role is Role.PREFILL]
-        decode = [load for load in split if load.role is Role.DECODE]
+        prefill = [load for load in split if load.role is EngineRole.PREFILL]
+        decode = [load for load in split if load.role is EngineRole.DECODE]
         if not prefill or not decode:
             return self._refill(split, now)
         if changed or self._averages is None:
@@ -255,7 +176,7 @@ class RoleController:
 
     # Who is there
 
-    def _learn_roles(self, loads: Sequence[EngineLoad], now: float) -> bool:
+    def _learn_roles(self, loads: Sequence[RoleLoad], now: float) -> bool:
         """Note engines that came, went or took a role. Returns whether any did."""
         names = {load.name for load in loads}
         gone = self._engines.keys() - names
@@ -274,21 +195,21 @@ class RoleController:
                 changed = True
         return changed
 
-    def _remember(self, loads: Sequence[EngineLoad]) -> None:
+    def _remember(self, loads: Sequence[RoleLoad]) -> None:
         for load in loads:
             self._engines[load.name].load = load
 
-    def _refill(self, loads: Sequence[EngineLoad], now: float) -> Decision:
+    def _refill(self, loads: Sequence[RoleLoad], now: float) -> Decision:
         """A role has lost its last engine: the idlest of the others takes it, however short it has had its own."""
         self._averages = None
         if len(loads) < 2:
             return Decision()
-        empty = Role.DECODE if loads[0].role is Role.PREFILL else Role.PREFILL
-        return self._flip(loads, empty, now, f"no engine is left to {empty.value}")
+        empty = EngineRole.DECODE if loads[0].role is EngineRole.PREFILL else EngineRole.PREFILL
+        return self._flip(loads, empty, now, f"no engine is left to {empty.value}", rested_only=False)
 
     # What they do
 
-    def _rates(self, prefill: list[EngineLoad], decode: list[EngineLoad], elapsed: float) -> dict[str, float]:
+    def _rates(self, prefill: list[RoleLoad], decode: list[RoleLoad], elapsed: float) -> dict[str, float]:
         """What happened since the last call, per second, and how things stand."""
         prefill_s = self._growth(prefill, "prefill_s")
         finished = self._growth(decode, "finished") / elapsed
@@ -308,7 +229,7 @@ class RoleController:
             "kv_lost": sum(load.kv_lost for load in prefill + decode),
         }
 
-    def _growth(self, loads: list[EngineLoad], counter: str) -> float:
+    def _growth(self, loads: list[RoleLoad], counter: str) -> float:
         """How much a cumulative counter of these engines has grown; one that began anew counts from 0."""
         grown = 0.0
         for load in loads:
@@ -316,7 +237,7 @@ class RoleController:
             grown += value - before if value >= before else value
         return grown
 
-    def circulation(self, decode: Sequence[EngineLoad]) -> Circulation | None:
+    def circulation(self, decode: Sequence[RoleLoad]) -> Circulation | None:
         """The network as it was measured; None while too little went round to tell."""
         if self._averages is None:
             return None
@@ -344,7 +265,7 @@ class RoleController:
 
     # What to do
 
-    def _decide(self, prefill: list[EngineLoad], decode: list[EngineLoad], now: float) -> Decision:
+    def _decide(self, prefill: list[RoleLoad], decode: list[RoleLoad], now: float) -> Decision:
         measured = self.circulation(decode)
         if measured is None:
             return Decision()
@@ -352,21 +273,22 @@ class RoleController:
         present = measured.turns(m, n)
         if present <= 0:
             return Decision()
-        gains = {Role.PREFILL: -1.0, Role.DECODE: -1.0}
+        gains = {EngineRole.PREFILL: -1.0, EngineRole.DECODE: -1.0}
         if n > 1:
-            gains[Role.PREFILL] = measured.turns(m + 1, n - 1) / present - 1.0
+            gains[EngineRole.PREFILL] = measured.turns(m + 1, n - 1) / present - 1.0
         if m > 1:
-            gains[Role.DECODE] = measured.turns(m - 1, n + 1) / present - 1.0
+            gains[EngineRole.DECODE] = measured.turns(m - 1, n + 1) / present - 1.0
         to = max(gains, key=lambda role: gains[role])
         if gains[to] < self.policy.gain:
             return Decision(refused=self._refusal(measured, m, n, present))
-        return self._flip(decode if to is Role.PREFILL else prefill, to, now, self._reason(to, gains[to], m, n))
+        return self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, self._reason(to, gains[to], m, n))
 
-    def _flip(self, candidates: Sequence[EngineLoad], to: Role, now: float, reason: str) -> Decision:
+    def _flip(
+        self, candidates: Sequence[RoleLoad], to: EngineRole, now: float, reason: str, rested_only: bool = True
+    ) -> Decision:
         """Have the one flip that loses least by it, of those that may."""
-        rested = [
-            load for load in candidates if now - self._engines[load.name].since >= self.policy.min_residence_s
-        ] or (list(candidates) if reason.startswith("no engine") else [])
+        least_s = self.policy.min_residence_s if rested_only else 0.0
+        rested = [load for load in candidates if now - self._engines[load.name].since >= least_s]
         if not rested:
             return Decision()
         chosen = min(rested, key=_stake)
@@ -376,7 +298,7 @@ class RoleController:
         self.flips += 1
         return Decision((Flip(chosen.name, to, reason),))
 
-    def _reason(self, to: Role, gain: float, m: int, n: int) -> str:
+    def _reason(self, to: EngineRole, gain: float, m: int, n: int) -> str:
         assert self._averages is not None
         mean = self._averages.values
         return (
@@ -401,11 +323,11 @@ class RoleController:
         )
 
 
-def _stake(load: EngineLoad) -> tuple[float, float, str]:
+def _stake(load: RoleLoad) -> tuple[float, float, str]:
     """What a flip of this engine disturbs: KV that must move or be computed again, work that goes elsewhere."""
     return load.kv_running + load.kv_suspended, load.backlog_tokens, load.name
 
 
-def _mean(loads: Sequence[EngineLoad], name: str) -> float | None:
+def _mean(loads: Sequence[RoleLoad], name: str) -> float | None:
     known = [value for load in loads if (value := getattr(load, name)) is not None]
     return sum(known) / len(known) if known else None

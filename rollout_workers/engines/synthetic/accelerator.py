@@ -3,7 +3,9 @@
 Decoding is processor sharing: c sequences run at ``peak / (c + c0)`` tokens a second each. All of them advance by the same
 number of tokens, so one clock (`_depth`, the tokens a sequence would have that had run since the beginning) replaces
 one counter a sequence: a request ends when the clock has moved by its output, and an update is one mark on the clock.
-A prompt is computed before decoding goes on, one prompt at a time.
+A prompt is computed before decoding goes on, one prompt at a time; with ``prefill_chunk`` both go on in the same steps.
+Where prefill and decode are split, one accelerator computes the prompt (`Accelerator.prefill`), and another one decodes what
+was ``delivered`` to it.
 
 Time is an argument everywhere and never runs backwards; the caller sleeps until `next_event` and calls `advance`.
 """
@@ -13,50 +15,31 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from typing import NamedTuple
 
 from experience.accounting import Account, Cause, Span
-from rollout_workers.engines.synthetic.cost_model import CostModel
+from rollout_workers.engines.synthetic.cost_model import CostModel, SharedStep
 from rollout_workers.engines.synthetic.kv_cache import KvCache
+from rollout_workers.engines.synthetic.recorder import Recorder, TokenClock
+from rollout_workers.engines.synthetic.request import ROUNDING, Completion, Request
 
 __all__ = ["Accelerator", "Completion", "CostModel"]
-
-ROUNDING = 1e-6
-"""Tokens by which the clock may miss a whole number."""
-
-
-class Completion(NamedTuple):
-    """A request has ended: all its tokens (or, aborted, those it got) in the order in which they were made."""
-
-    request_id: str
-    segments: list[tuple[int, int]]
-    """(version, tokens): how many tokens each version of the weights sampled."""
-    cached_tokens: int
-    """Prompt tokens whose KV was there already."""
-
-
-class _Request:
-    """A request's way through the accelerator: waiting, prefilling, decoding, gone."""
-
-    __slots__ = ("cached", "gone", "id", "mark", "output", "pinned", "prefill", "prompt", "session", "started")
-
-    def __init__(self, request_id: str, session: str, prompt: int, output: int, pinned: int | None) -> None:
-        self.id, self.session, self.prompt, self.output, self.pinned = request_id, session, prompt, output, pinned
-        self.prefill = 0.0
-        """Prompt tokens still to compute, once it is admitted."""
-        self.cached = 0
-        self.started: float | None = None
-        """The clock's depth when decoding began."""
-        self.mark = 0
-        """How many updates there had been then."""
-        self.gone = False
 
 
 class Accelerator:
     """A cost model run in time. Request ids are unique among those in flight; one request a session at a time."""
 
-    def __init__(self, cost: CostModel, version: int, now: float, lane: str | None = None) -> None:
-        """``lane``: keep the spans of every cause for a timeline under this name (they must be taken, or they pile up)."""
+    def __init__(
+        self,
+        cost: CostModel,
+        version: int,
+        now: float,
+        lane: str | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """``lane``: keep the spans of every cause for a timeline under this name (they must be taken, or they pile up).
+
+        ``recorder`` hears of times to tokens and of KV in use.
+        """
         self.cost = cost
         self.version = version
         self.kv = KvCache(cost.kv_tokens)
@@ -67,12 +50,17 @@ class Accelerator:
         self._now = now
         self._cause = Cause.IDLE
         self._next: float | None = None
+        self._step: SharedStep | None = None
+        """What goes on while a prompt is computed in the steps of the sequences that run."""
+        self._prompt_ends_first = True
+        self._tokens: TokenClock | None = None
+        self.recorder = recorder
         self._depth = 0.0
         self._order = itertools.count()
-        self._in_flight: dict[str, _Request] = {}
-        self._waiting: deque[_Request] = deque()
-        self._prefilling: deque[_Request] = deque()
-        self._decoding: list[tuple[float, int, _Request]] = []
+        self._in_flight: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._prefilling: deque[Request] = deque()
+        self._decoding: list[tuple[float, int, Request]] = []
         self._admitted = 0
         self._running = 0
         self._updates: list[tuple[float, int]] = []
@@ -83,7 +71,20 @@ class Accelerator:
         """Tokens of requests that have ended."""
         self.prefilled_tokens = 0
         self.cached_tokens = 0
+        self.received_tokens = 0
+        """Prompt tokens whose KV came from other accelerators."""
+        self.finished_requests = 0
+        """Those that ended with all their tokens."""
         self.updates = 0
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who hears of times to tokens and of KV in use."""
+        return None if self._tokens is None else self._tokens.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._tokens = None if recorder is None else TokenClock(recorder)
 
     @property
     def evicted_tokens(self) -> int:
@@ -104,6 +105,22 @@ class Accelerator:
         """Requests without a slot yet."""
         return len(self._in_flight) - self._admitted
 
+    @property
+    def decoding(self) -> int:
+        """Sequences that decode."""
+        return self._running
+
+    @property
+    def backlog_tokens(self) -> float:
+        """Prompt tokens still to compute of all requests in flight, if nothing cached is evicted meanwhile."""
+        begun = sum(request.prefill for request in self._prefilling if not request.gone)
+        waiting = sum(
+            max(0, request.prompt - max(request.delivered, self.kv.held(request.session)))
+            for request in self._waiting
+            if not request.gone
+        )
+        return begun + waiting
+
     def submit(
         self,
         request_id: str,
@@ -112,25 +129,47 @@ class Accelerator:
         output_tokens: int,
         now: float,
         pinned_version: int | None = None,
+        *,
+        delivered: int = 0,
+        asked_at: float | None = None,
+        begun: bool = False,
     ) -> None:
         """Queue a request for ``output_tokens`` after a context of ``prompt_tokens`` (what is cached is not computed).
 
+        ``delivered``: prompt tokens whose KV comes with the request from another accelerator. ``asked_at``: since when it waits
+        for a token, if that is not now; ``begun``: the token it waits for is not its first one.
+
         Raises ValueError for an id in flight, no tokens to make, or a sequence larger than the whole KV.
         """
-        if request_id in self._in_flight:
-            raise ValueError(f"request {request_id} is in flight already")
         if output_tokens < 1 or prompt_tokens < 0:
             raise ValueError(
                 f"request {request_id}: {prompt_tokens} prompt and {output_tokens} output tokens; need >= 1"
             )
-        if prompt_tokens + output_tokens > self.cost.kv_tokens:
+        request = Request(request_id, session_id, prompt_tokens, output_tokens, now if asked_at is None else asked_at)
+        request.pinned, request.delivered, request.begun = pinned_version, min(delivered, prompt_tokens), begun
+        self._enqueue(request, now)
+
+    def prefill(
+        self, request_id: str, session_id: str, prompt_tokens: int, now: float, asked_at: float, begun: bool = False
+    ) -> None:
+        """Queue a prompt that is to be decoded elsewhere: the request ends, without tokens, when its KV is computed.
+
+        Raises ValueError for an id in flight, or a prompt larger than the whole KV.
+        """
+        request = Request(request_id, session_id, prompt_tokens, 0, asked_at)
+        request.begun = begun
+        self._enqueue(request, now)
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        if request.id in self._in_flight:
+            raise ValueError(f"request {request.id} is in flight already")
+        if request.prompt + request.output > self.cost.kv_tokens:
             raise ValueError(
-                f"request {request_id} needs {prompt_tokens + output_tokens} tokens of KV, an accelerator has "
+                f"request {request.id} needs {request.prompt + request.output} tokens of KV, an accelerator has "
                 f"{self.cost.kv_tokens:.0f}"
             )
         self._run_to(now)
-        request = _Request(request_id, session_id, prompt_tokens, output_tokens, pinned_version)
-        self._in_flight[request_id] = request
+        self._in_flight[request.id] = request
         self._waiting.append(request)
         self._replan()
 
@@ -140,7 +179,7 @@ class Accelerator:
         request = self._in_flight.get(request_id)
         if request is None:
             return None
-        made = 0 if request.started is None else self._made(request, self._depth)
+        made = 0 if request.started is None else request.made(self._depth)
         completion = self._end(request, made)
         self._replan()
         return completion
@@ -191,7 +230,7 @@ class Accelerator:
         request = self._in_flight.get(request_id)
         if request is None or request.started is None:
             return []
-        return self._segments(request, self._made(request, self._depth))
+        return request.segments(request.made(self._depth), self._updates, self.version)
 
     def seconds(self, now: float) -> dict[Cause, float]:
         """Seconds since the beginning by cause (prefill, decode, weight stall, idle); they add up to the time passed."""
@@ -218,22 +257,45 @@ class Accelerator:
         elapsed = until - self._now
         if elapsed <= 0:
             return
-        self._seconds[self._cause] = self._seconds.get(self._cause, 0.0) + elapsed
-        if self._cause is Cause.PREFILL:
-            self._prefilling[0].prefill -= elapsed * self.cost.prefill_rate
-        elif self._cause is Cause.DECODE:
-            self._depth += elapsed * self.cost.sequence_rate(self._running)
+        rate = 0.0
+        if self._cause is Cause.PREFILL and self._step is not None:
+            rate = self._step.sequence_rate
+            self._pass_shared(self._step, elapsed)
+        else:
+            self._seconds[self._cause] = self._seconds.get(self._cause, 0.0) + elapsed
+            if self._cause is Cause.PREFILL:
+                self._prefilling[0].prefill -= elapsed * self.cost.prefill_rate
+            elif self._cause is Cause.DECODE:
+                rate = self.cost.sequence_rate(self._running)
+                self._depth += elapsed * rate
+        if self._tokens is not None:
+            self._tokens.passed(elapsed, rate, self._running)
+            use = self._tokens.recorder.kv
+            use.capacity += elapsed * self.kv.capacity
+            use.running += elapsed * self.kv.reserved_tokens
+            use.suspended += elapsed * self.kv.idle_tokens
         self._now = until
+
+    def _pass_shared(self, step: SharedStep, elapsed: float) -> None:
+        """A prompt is computed in the steps of the running sequences; the lane shows both parts one after the other."""
+        self._prefilling[0].prefill -= elapsed * step.prefill_rate
+        self._depth += elapsed * step.sequence_rate
+        for cause, share in ((Cause.PREFILL, step.prefill_share), (Cause.DECODE, 1.0 - step.prefill_share)):
+            self._seconds[cause] = self._seconds.get(cause, 0.0) + share * elapsed
+        if self._account is not None:
+            self._account.switch(Cause.PREFILL, self._now)
+            self._account.switch(Cause.DECODE, self._now + step.prefill_share * elapsed)
 
     def _happen(self) -> None:
         """The event that was planned for now."""
-        if self._cause is Cause.PREFILL:
-            self._begin_decoding(self._prefilling.popleft())
-        elif self._cause is Cause.DECODE:
+        if self._cause is Cause.PREFILL and self._prompt_ends_first:
+            self._prompt_computed(self._prefilling.popleft())
+        elif self._cause in (Cause.PREFILL, Cause.DECODE):
             self._depth = max(self._depth, self._decoding[0][0])
             while self._decoding and self._decoding[0][0] <= self._depth + ROUNDING:
                 request = heapq.heappop(self._decoding)[2]
                 if not request.gone:
+                    self.finished_requests += 1
                     self._finished.append(self._end(request, request.output))
 
     def _replan(self) -> None:
@@ -245,7 +307,7 @@ class Accelerator:
             self._next = None if self._paused else self._stalled_until
         elif self._prefilling:
             self._cause = Cause.PREFILL
-            self._next = self._now + max(0.0, self._prefilling[0].prefill) / self.cost.prefill_rate
+            self._plan_prompt(max(0.0, self._prefilling[0].prefill))
         elif self._decoding:
             self._cause = Cause.DECODE
             left = self._decoding[0][0] - self._depth
@@ -254,6 +316,18 @@ class Accelerator:
             self._cause, self._next = Cause.IDLE, None
         if self._account is not None:
             self._account.switch(self._cause, self._now)
+
+    def _plan_prompt(self, left: float) -> None:
+        """See when a prompt of which ``left`` tokens are to be computed ends, or a sequence that decodes in the same steps."""
+        self._prompt_ends_first, self._step = True, None
+        if not self.cost.prefill_chunk or not self._running:
+            self._next = self._now + left / self.cost.prefill_rate
+            return
+        self._step = step = self.cost.shared_step(self._running)
+        prompt_s = left / step.prefill_rate
+        decode_s = max(0.0, self._decoding[0][0] - self._depth) / step.sequence_rate
+        self._prompt_ends_first = prompt_s <= decode_s
+        self._next = self._now + min(prompt_s, decode_s)
 
     def _admit(self) -> None:
         while self._waiting and self._admitted < self.cost.slots:
@@ -266,13 +340,35 @@ class Accelerator:
                 return
             self._waiting.popleft()
             self._admitted += 1
-            request.cached = cached
-            request.prefill = float(request.prompt - cached)
-            self.cached_tokens += cached
-            self.prefilled_tokens += request.prompt - cached
+            request.admitted = True
+            there = max(cached, request.delivered)
+            request.prefill = float(request.prompt - there)
+            self.prefilled_tokens += request.prompt - there
+            if not request.delivered:
+                request.cached = cached
+                self.cached_tokens += cached
+            else:
+                self.received_tokens += there - cached
+                if there == request.prompt:
+                    self._begin_decoding(request)
+                    continue
             self._prefilling.append(request)
 
-    def _begin_decoding(self, request: _Request) -> None:
+    def _prompt_computed(self, request: Request) -> None:
+        if request.output:
+            self._begin_decoding(request)
+            return
+        self._note_token(request)
+        self._finished.append(self._end(request, 0))
+
+    def _note_token(self, request: Request) -> None:
+        """The token that a request has waited for is there."""
+        if self._tokens is not None:
+            recorder = self._tokens.recorder
+            (recorder.inter_token if request.begun else recorder.first_token).add(self._now - request.asked_at)
+
+    def _begin_decoding(self, request: Request) -> None:
+        self._note_token(request)
         request.started, request.mark = self._depth, len(self._updates)
         self._running += 1
         heapq.heappush(self._decoding, (self._depth + request.output, next(self._order), request))
@@ -285,35 +381,16 @@ class Accelerator:
 
     # Requests
 
-    def _end(self, request: _Request, made: int) -> Completion:
+    def _end(self, request: Request, made: int) -> Completion:
         request.gone = True
         del self._in_flight[request.id]
         decoding = request.started is not None
         if decoding:
             self._running -= 1
-        if decoding or request in self._prefilling:
+        if request.admitted:
             self._admitted -= 1
             computed = request.prompt - max(0, round(request.prefill)) if not decoding else request.prompt
             self.prefilled_tokens -= request.prompt - computed
             self.kv.put_back(request.session, computed + made)
         self.generated_tokens += made
-        return Completion(request.id, self._segments(request, made), request.cached)
-
-    def _made(self, request: _Request, depth: float) -> int:
-        """Whole tokens of a decoding request at a depth of the clock."""
-        assert request.started is not None
-        return min(request.output, max(0, int(depth - request.started + ROUNDING)))
-
-    def _segments(self, request: _Request, made: int) -> list[tuple[int, int]]:
-        if request.pinned is not None:
-            return [(request.pinned, made)] if made else []
-        segments, before = [], 0
-        if request.started is not None:
-            for depth, version in self._updates[request.mark :]:
-                upto = min(made, self._made(request, depth))
-                if upto > before:
-                    segments.append((version, upto - before))
-                    before = upto
-        if made > before:
-            segments.append((self.version, made - before))
-        return segments
+        return Completion(request.id, request.segments(made, self._updates, self.version), request.cached)

@@ -29,6 +29,12 @@ class SyntheticEngineConfig:
     """Seconds that an accelerator stands still when it switches to new weights."""
     stage_s: float = 2.0
     """Seconds that new weights take to arrive while decoding goes on."""
+    prefill_chunk_tokens: int = 0
+    """Prompt tokens computed in one step together with a token of each running sequence; 0: decoding waits for whole prompts."""
+    kv_bytes_per_token: float = 131_072.0
+    """Bytes of KV of a token: what a split of prefill and decode moves."""
+    kv_gb_per_s: float = 50.0
+    """Gigabytes of KV that an accelerator sends in a second."""
     time_scale: float = 50.0
     """Modelled seconds in a wall second."""
     token_scale: float = 50.0
@@ -39,10 +45,16 @@ class SyntheticEngineConfig:
         for name in ("accelerators", "slots", "kv_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engines.synthetic.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "time_scale", "token_scale"):
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "kv_gb_per_s", "time_scale", "token_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"engines.synthetic.{name}={getattr(self, name)}: must be greater than 0")
-        for name in ("half_concurrency", "update_pause_s", "stage_s"):
+        for name in (
+            "half_concurrency",
+            "update_pause_s",
+            "stage_s",
+            "prefill_chunk_tokens",
+            "kv_bytes_per_token",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"engines.synthetic.{name}={getattr(self, name)}: must not be negative")
         if self.kv_tokens < 2 * self.token_scale:

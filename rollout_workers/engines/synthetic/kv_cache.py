@@ -31,6 +31,20 @@ class KvCache:
         return self._reserved_tokens + self._idle_tokens
 
     @property
+    def reserved_tokens(self) -> int:
+        """Tokens that running requests hold or will need."""
+        return self._reserved_tokens
+
+    @property
+    def idle_tokens(self) -> int:
+        """Tokens of sessions between two requests."""
+        return self._idle_tokens
+
+    def held(self, session: str) -> int:
+        """Tokens of an idle session that are here; 0 of any other."""
+        return self._idle.get(session, 0)
+
+    @property
     def sessions(self) -> int:
         """Sessions with KV here, running and idle."""
         return len(self._idle) + len(self._reserved)
