@@ -11,6 +11,7 @@ import numpy as np
 
 from rollout_workers.continuation import joined, remaining
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, KvPolicy, TokenChunk
+from rollout_workers.engines.servers.adapter import StreamParser
 from rollout_workers.engines.servers.errors import ServerRefused, ServerUnreachable
 
 ATTEMPTS = 3
@@ -41,6 +42,10 @@ class Flight:
         self.silent = False
         """Given up because nothing was heard of it."""
         self.tokens = 0
+        self.parser: StreamParser | None = None
+        """Of the answer that is being read; None while none is."""
+        self.server_id = request.request_id
+        """What the server knows the current attempt by."""
         self._every = every
         self._taken: list[TokenChunk] = []
         self._held: list[TokenChunk] = []
@@ -58,7 +63,8 @@ class Flight:
             return None
         if self.attempt == 1:
             return left
-        return msgspec.structs.replace(left, request_id=f"{self.request_id}~{self.attempt}")
+        self.server_id = f"{self.request_id}~{self.attempt}"
+        return msgspec.structs.replace(left, request_id=self.server_id)
 
     def take(self, chunks: Iterable[TokenChunk]) -> list[TokenChunk]:
         """New chunks of the server; returns what is due to be reported."""

@@ -1,0 +1,284 @@
+"""The requests of one server: streamed over HTTP, made again after failures, delivered to the clients' outboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from experience.wire import encode
+from rollout_workers.engine_client import SubmitBatch
+from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.engines.servers.adapter import ServerAdapter
+from rollout_workers.engines.servers.errors import (
+    ServerAnswerError,
+    ServerDied,
+    ServerFailed,
+    ServerRefused,
+    ServerSilent,
+    ServerUnreachable,
+)
+from rollout_workers.engines.servers.flights import Flight, Patience, Verdict, delay_before
+from rollout_workers.engines.servers.http import ServerConnection
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 10.0
+ABORT_S = 5.0
+"""How long a server has to end an aborted request with the tokens that it has."""
+
+
+class Traffic:
+    """``version`` is what the server serves; ``every``: tokens that a request reports at a time, at least.
+
+    ``on_change`` is called when requests come or go. `failed` ends with what the server died of.
+    """
+
+    def __init__(
+        self,
+        adapter: ServerAdapter,
+        connection: ServerConnection,
+        version: int,
+        every: int,
+        request_timeout_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._adapter = adapter
+        self._connection = connection
+        self.version = version
+        self._every = every
+        self._timeout_s = request_timeout_s
+        self._on_change = on_change
+        self.flights: dict[str, Flight] = {}
+        self.first_token_at: float | None = None
+        """Wall-clock time of the first sampled token, if there was one."""
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed.add_done_callback(_looked_at)
+        self._open = asyncio.Event()
+        self._open.set()
+        self._unpaused_at = 0.0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._controls: set[asyncio.Task[None]] = set()
+        self._outbox: dict[str, list[TokenChunk]] = defaultdict(list)
+        self._ready: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._patience = Patience()
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
+    def hold(self) -> None:
+        """New requests wait here: during a commit they would meet one version's name and another one's weights."""
+        self._open.clear()
+
+    def let_go(self) -> None:
+        """New requests go out, and the server's silence counts from now on."""
+        self._open.set()
+        self._unpaused_at = time.monotonic()
+
+    def switched(self, version: int, boundaries: dict[str, int]) -> None:
+        """A commit went through; the streams that are open learn of it."""
+        self.version = version
+        for flight in list(self.flights.values()):
+            if flight.parser is not None:
+                self._take(flight, flight.parser.switched(version, boundaries.get(flight.server_id)))
+
+    def submit(self, batch: SubmitBatch) -> None:
+        """Take a batch of requests and aborts from one client. Raises what the server died of."""
+        self.raise_if_failed()
+        for request_id in batch.aborts:
+            self._abort(request_id)
+        for request in batch.requests:
+            self._submit(batch.client, request)
+
+    def _submit(self, client: str, request: GenerateRequest) -> None:
+        if request.request_id in self.flights:
+            raise ValueError(f"request {request.request_id} is already in flight")
+        flight = Flight(request, client, self._every, time.monotonic())
+        self.flights[request.request_id] = flight
+        self._tasks[request.request_id] = asyncio.create_task(self._fly(flight))
+        self._on_change()
+
+    async def collect(self, client: str) -> bytes:
+        """The chunks made for ``client`` since the last call; waits up to ``POLL_S`` seconds for the first.
+
+        Raises what the server died of, once everything that it had made is collected.
+        """
+        ready = self._ready[client]
+        if not self._outbox[client]:
+            self.raise_if_failed()
+            ready.clear()
+            try:
+                await asyncio.wait_for(ready.wait(), POLL_S)
+            except TimeoutError:
+                return encode([])
+        chunks, self._outbox[client] = self._outbox[client], []
+        if not chunks:
+            self.raise_if_failed()
+        return encode(chunks)
+
+    # One request
+
+    async def _fly(self, flight: Flight) -> None:
+        """Until the request has its last chunk, or the server is given up."""
+        try:
+            while True:
+                failure = await self._attempt(flight)
+                if failure is None:
+                    return
+                verdict = self._patience.judge(failure, flight.attempt)
+                logger.warning("request %s, attempt %d: %s", flight.request_id, flight.attempt, failure)
+                if verdict is Verdict.FAIL:
+                    self._deliver(flight.client, [flight.end(FinishReason.ERROR, str(failure))])
+                    return
+                if verdict is Verdict.DEAD:
+                    self.fail(ServerDied(f"{self._adapter.name} fails again and again: {failure}"))
+                    return
+                await asyncio.sleep(delay_before(flight.attempt + 1))
+        except asyncio.CancelledError:
+            if flight.aborted:
+                self._deliver(flight.client, [flight.end(FinishReason.ABORT)])
+                return
+            raise
+        except Exception as error:
+            logger.exception("request %s", flight.request_id)
+            self._deliver(flight.client, [flight.end(FinishReason.ERROR, f"{type(error).__name__}: {error}")])
+        finally:
+            self.flights.pop(flight.request_id, None)
+            self._tasks.pop(flight.request_id, None)
+            self._on_change()
+
+    async def _attempt(self, flight: Flight) -> Exception | None:
+        """One call for what is left of a request. Returns why it failed; None when the request is over."""
+        await self._open.wait()
+        request = flight.begin(time.monotonic())
+        if request is None:
+            self._deliver(flight.client, [flight.end(FinishReason.LENGTH)])
+            return None
+        try:
+            await self._stream(flight, request)
+        except (ServerRefused, ServerFailed, ServerUnreachable, ServerAnswerError) as error:
+            await self._abandon(request)
+            return error
+        except asyncio.CancelledError:
+            if not flight.silent or flight.aborted:
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            flight.silent = False
+            await self._abandon(request)
+            return ServerSilent(f"not a byte for {flight.request_id} in {self._timeout_s:g} s")
+        finally:
+            flight.parser = None
+        self._patience.served()
+        return None
+
+    async def _stream(self, flight: Flight, request: GenerateRequest) -> None:
+        adapter = self._adapter
+        parser = flight.parser = adapter.parser(request, self.version)
+        finished = False
+        async with self._connection.stream(adapter.generate(request, self.version)) as (status, body):
+            if status != 200:
+                text = b"".join([part async for part in body][:64])
+                kind = ServerRefused if 400 <= status < 500 else ServerFailed
+                raise kind(adapter.refusal(status, text))
+            if flight.aborted:
+                self._control(self._ask_abort(request.request_id))
+            async for data in body:
+                flight.heard_at = time.monotonic()
+                finished |= self._take(flight, parser.feed(data))
+        finished |= self._take(flight, parser.finish())
+        if not finished:
+            raise ServerAnswerError("the answer ended without a finish reason")
+
+    def _take(self, flight: Flight, chunks: list[TokenChunk]) -> bool:
+        """Whether the last chunk was among them."""
+        self._deliver(flight.client, flight.take(chunks))
+        return any(chunk.finish_reason is not None for chunk in chunks)
+
+    def _deliver(self, client: str, chunks: list[TokenChunk]) -> None:
+        if not chunks:
+            return
+        if self.first_token_at is None and any(len(chunk.tokens) for chunk in chunks):
+            self.first_token_at = time.time()
+        self._outbox[client].extend(chunks)
+        self._ready[client].set()
+
+    def _abort(self, request_id: str) -> None:
+        """Ask the server to end a request; one that does not within ``ABORT_S`` is ended here."""
+        flight = self.flights.get(request_id)
+        if flight is None or flight.aborted:
+            return
+        flight.aborted = True
+        task = self._tasks[request_id]
+        if flight.parser is None:
+            task.cancel()  # it is not at the server
+            return
+        self._control(self._ask_abort(flight.server_id))
+        asyncio.get_running_loop().call_later(ABORT_S, task.cancel)
+
+    async def _ask_abort(self, server_id: str) -> None:
+        await self._connection.control(self._adapter, [self._adapter.abort(server_id)])
+
+    async def _abandon(self, request: GenerateRequest) -> None:
+        """The server may still work on a request that failed here; what it answers is of no interest."""
+        try:
+            async with asyncio.timeout(ABORT_S):
+                await self._ask_abort(request.request_id)
+        except (TimeoutError, ServerAnswerError, ServerRefused, ServerFailed, ServerUnreachable, ServerSilent) as error:
+            logger.info("request %s was not aborted: %s", request.request_id, error)
+
+    def _control(self, call: Coroutine[Any, Any, None]) -> None:
+        """Make a call beside the rest; its failure is logged."""
+        task: asyncio.Task[None] = asyncio.create_task(call)
+        self._controls.add(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            self._controls.discard(done)
+            if not done.cancelled() and (error := done.exception()) is not None:
+                logger.warning("%s", error)
+
+        task.add_done_callback(ended)
+
+    def end_silent(self, now: float, queueing: bool) -> None:
+        """Give up calls of which nothing was heard; with ``queueing`` those without a token wait in the server's queue."""
+        for request_id, flight in list(self.flights.items()):
+            heard_at = max(flight.heard_at, self._unpaused_at)
+            queued = queueing and flight.tokens == 0
+            if flight.parser is not None and not queued and now - heard_at > self._timeout_s:
+                flight.silent = True
+                self._tasks[request_id].cancel()
+
+    def fail(self, error: ServerDied) -> None:
+        """The server is of no use any more: everybody who asks is told."""
+        if self.failed.done():
+            return
+        logger.error("%s", error)
+        self.failed.set_exception(error)
+        for flight in list(self.flights.values()):
+            self._deliver(flight.client, flight.flush())
+        for task in list(self._tasks.values()):
+            if task is not asyncio.current_task():
+                task.cancel()
+        for ready in self._ready.values():
+            ready.set()
+
+    def raise_if_failed(self) -> None:
+        """Raise what the server died of, if it did."""
+        if self.failed.done():
+            self.failed.result()
+
+    def close(self) -> None:
+        """End all calls."""
+        for task in [*self._tasks.values(), *self._controls]:
+            task.cancel()
+
+
+def _looked_at(failed: asyncio.Future[None]) -> None:
+    """The failure is told to those who ask; it is no error that nobody did."""
+    if not failed.cancelled():
+        failed.exception()
