@@ -1,0 +1,108 @@
+"""The command line and the environment of an SGLang server."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rollout_workers.engines.servers.adapter import Launch
+from rollout_workers.engines.servers.arguments import merged, normal, to_command
+from rollout_workers.engines.sglang.config import SglangConfig
+from rollout_workers.engines.sglang.disaggregation import role_arguments, role_environment
+from weight_sync.engine_plugin.sglang_messages import MODEL_PATH
+
+LOADER = "weight_sync.engine_plugin.sglang_loader.load"
+"""Called by SGLang's scheduler in its own process: Millrace's side of a weight update there."""
+
+HEADROOM = 16
+"""Tokens of context beyond ``max_len``: SGLang keeps some for itself."""
+
+
+def command(config: SglangConfig, launch: Launch) -> list[str]:
+    """The command line, beginning with ``launch.python``."""
+    cpu = on_cpu(launch)
+    defaults = {
+        **(_cpu_arguments(launch) if cpu else {}),
+        "skip_server_warmup": True,
+        "decode_log_interval": 1000,
+        "chunked_prefill_size": launch.prefill_tokens,
+        **role_arguments(launch, cpu),
+    }
+    owned = {
+        "model_path": launch.model_path,
+        "host": launch.host,
+        "port": launch.port,
+        "device": "cpu" if cpu else "cuda",
+        "dtype": data_type(launch, cpu),
+        "context_length": launch.max_len + HEADROOM,
+        "max_running_requests": launch.slots,
+        "random_seed": launch.seed,
+        "stream_interval": launch.stream_every,
+        "incremental_streaming_output": True,
+        "enable_metrics": True,
+        "weight_version": launch.version,
+        "custom_weight_loader": [LOADER],
+    }
+    words = to_command(merged(defaults, config.args) | owned, lists_as_words=True)
+    return [launch.python, "-m", "sglang.launch_server", *words]
+
+
+def environment(config: SglangConfig, launch: Launch) -> dict[str, str]:
+    """Variables on top of those of this process; the configuration's own win."""
+    cpu = on_cpu(launch)
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        MODEL_PATH: launch.model_path,
+        # Positions beyond the model's are never used: Millrace's own max_len is checked against the model.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        **role_environment(launch, cpu),
+    }
+    if cpu:
+        variables["SGLANG_USE_CPU_ENGINE"] = "1"
+    if launch.threads is not None:
+        variables["OMP_NUM_THREADS"] = str(launch.threads)
+    if launch.plugin_path:
+        variables["PYTHONPATH"] = launch.plugin_path
+    return variables | config.env
+
+
+def on_cpu(launch: Launch) -> bool:
+    """Whether the server computes on the CPU; ``auto`` takes a GPU where this machine has one to give."""
+    if launch.device == "auto":
+        return not gpu_at_hand(os.environ)
+    return launch.device == "cpu"
+
+
+def gpu_at_hand(environ: Mapping[str, str]) -> bool:
+    """Whether a process started from here would see a CUDA device (torch is not asked: it would hold on to it)."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return False
+    return bool(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def data_type(launch: Launch, cpu: bool) -> str:
+    if launch.dtype != "auto":
+        return launch.dtype
+    return "float32" if cpu else "bfloat16"
+
+
+def ranks(config: SglangConfig) -> int:
+    """Processes among which the server splits each tensor."""
+    given = {normal(name): value for name, value in config.args.items()}
+    return int(next((given[name] for name in ("tp_size", "tensor_parallel_size", "tp") if name in given), 1))
+
+
+def _cpu_arguments(launch: Launch) -> dict[str, Any]:
+    """What SGLang needs on a CPU without matrix instructions of its own, and a KV cache of the size that was asked for."""
+    return {
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "mem_fraction_static": 0.5,
+        "max_total_tokens": launch.slots * (launch.max_len + HEADROOM),
+    }

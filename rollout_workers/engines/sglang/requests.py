@@ -1,0 +1,92 @@
+"""The bodies of generate and abort calls."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rollout_workers.engines.protocol import GenerateRequest
+from rollout_workers.engines.servers.adapter import Call
+
+GENERATE = "/generate"
+
+
+def request_name(request_id: str) -> str:
+    """The name of a request on the server.
+
+    SGLang aborts every request whose name begins with the one given. With its length in front no name is the beginning
+    of another.
+    """
+    return f"{len(request_id)}:{request_id}"
+
+
+def generate_call(request: GenerateRequest, served: int, **extra: Any) -> Call:
+    """Token ids in, token ids with log-probabilities out, streamed.
+
+    ``served`` names the part of the prefix cache that the request may use: what other weights computed lies elsewhere.
+    ``extra`` goes into the body (the bootstrap fields of a prefill/decode pair).
+    """
+    body = {
+        "rid": request_name(request.request_id),
+        "input_ids": request.prompt.tolist(),
+        "sampling_params": sampling(request),
+        "stream": True,
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "extra_key": f"version {served}",
+        **extra,
+    }
+    return Call("POST", GENERATE, body)
+
+
+def sampling(request: GenerateRequest) -> dict[str, Any]:
+    """SGLang's sampling parameters of a request."""
+    params: dict[str, Any] = {
+        "max_new_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k or -1,
+        "sampling_seed": seed_of(request.seed),
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "no_stop_trim": True,
+    }
+    if request.stop_token_ids:
+        params["stop_token_ids"] = list(request.stop_token_ids)
+    if request.stop:
+        params["stop"] = list(request.stop)
+        params["stop_regex"] = [wide_window(request.stop)]
+    return params
+
+
+def wide_window(stop: tuple[str, ...]) -> str:
+    """A pattern that never matches and makes SGLang look at enough of the last tokens for these stop strings.
+
+    By itself it decodes as many tokens as its tokenizer needs for the longest stop string, but a model may write the
+    same text with more and smaller ones, down to one for each byte.
+    """
+    tokens = max(len(string.encode()) for string in stop) + 8
+    return f"\\uffff{{{tokens}}}"
+
+
+def seed_of(seed: int) -> int:
+    """A seed of any size as the 31 bits that SGLang takes on every device."""
+    folded = seed & (2**64 - 1)
+    return (folded ^ folded >> 31 ^ folded >> 62) & (2**31 - 1)
+
+
+def abort_call(request_id: str) -> Call:
+    return Call("POST", "/abort_request", {"rid": request_name(request_id), "abort_all": False})
+
+
+def refusal_of(request: GenerateRequest) -> str | None:
+    """Why SGLang cannot serve a request, or None; what only the server can tell comes with its answer."""
+    if len(request.prompt) == 0:
+        return "the prompt is empty; give at least one token"
+    if request.max_tokens < 1:
+        return f"max_tokens={request.max_tokens}: must be at least 1"
+    if not (math.isfinite(request.temperature) and request.temperature >= 0):
+        return f"temperature={request.temperature}: must be at least 0"
+    if "" in request.stop:
+        return "an empty stop string; remove it"
+    return None
