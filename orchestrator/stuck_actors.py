@@ -67,13 +67,20 @@ class StuckActors:
 
     def engine_broken(self, name: str, reason: str) -> None:
         """An engine does not take weights."""
+        self._end_engine(name, f"{name} did not take the weights ({reason})")
+
+    def engine_unwell(self, name: str, reason: str) -> None:
+        """An engine is not dead, but does not say that it is well."""
+        self._end_engine(name, f"{name} is not well ({reason})")
+
+    def _end_engine(self, name: str, why: str) -> None:
         for actor in list(self._supervisor.actors.values()):
             if actor.role.name == "engine" and engine_name(actor.index, actor.attempt) == name:
-                self._end(actor, f"{name} did not take the weights ({reason})")
+                self._end(actor, why)
 
     async def forget_client(self, name: str) -> None:
-        """Environments and scorings that a dead worker left behind end."""
-        for handle in [*self._supervisor.handles("environment"), *self._supervisor.handles("reward")]:
+        """Environments, scorings, requests and sessions that a dead worker left behind end."""
+        for handle in [h for role in ("environment", "reward", "engine") for h in self._supervisor.handles(role)]:
             try:
                 async with asyncio.timeout(self._config.environments.step_timeout_s):
                     await handle.forget_client.remote(name)

@@ -28,12 +28,16 @@ from experience.accounting import Account, Cause
 from experience.books import clock, process_books
 from experience.wire import decode, encode
 from rollout_workers.engine_client import SubmitBatch
+from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import EngineHealth, KvPolicy, PauseMode, TokenChunk
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 10.0
+
+HEALTH_S = 0.1
+"""For how long the engine's own figures are good enough to tell clients how busy it is."""
 
 
 class EngineActor:
@@ -46,7 +50,8 @@ class EngineActor:
         self._receiver: Any = None
         self._outbox: dict[str, list[TokenChunk]] = defaultdict(list)
         self._ready: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._client_of: dict[str, str] = {}
+        self._clients = ClientBook()
+        self._health: tuple[float, EngineHealth] | None = None
         self._work = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
         self._runner: asyncio.Task[None] | None = None
@@ -78,17 +83,35 @@ class EngineActor:
 
         return build_engine(self._config, path, dtype, threads, version)
 
-    async def submit(self, batch_bytes: bytes) -> None:
-        """Take a batch of requests, releases and aborts from one client."""
+    async def submit(self, batch_bytes: bytes) -> bytes:
+        """Take a batch of requests, releases and aborts from one client. Returns an encoded `EngineLoad`."""
         batch = decode(batch_bytes, SubmitBatch)
+        self._clients.took(batch)
         for request_id in batch.aborts:
             self._engine.abort(request_id)
         for session in batch.releases:
             self._engine.release(session)
         for request in batch.requests:
-            self._client_of[request.request_id] = batch.client
             self._engine.submit(request)
         self._work.set()
+        return encode(self._clients.load(batch.client, self._recent_health()))
+
+    async def forget_client(self, client: str) -> None:
+        """A client is gone: its requests end, its sessions' KV is free."""
+        requests, sessions = self._clients.forget(client)
+        for request_id in requests:
+            self._engine.abort(request_id)
+        for session in sessions:
+            self._engine.release(session)
+        self._outbox.pop(client, None)
+        self._ready.pop(client, None)
+        self._work.set()
+
+    def _recent_health(self) -> EngineHealth:
+        now = clock()
+        if self._health is None or now - self._health[0] > HEALTH_S:
+            self._health = (now, self._engine.health())
+        return self._health[1]
 
     async def collect(self, client: str) -> bytes:
         """The chunks made for ``client`` since the last call; waits up to ``POLL_S`` seconds for the first."""
@@ -235,10 +258,9 @@ class EngineActor:
         for chunk in chunks:
             if self._first_token_at is None and len(chunk.tokens):
                 self._first_token_at = time.time()
-            client = self._client_of.get(chunk.request_id)
+            ends = chunk.finish_reason is not None
+            client = self._clients.ended(chunk.request_id) if ends else self._clients.client_of(chunk.request_id)
             if client is None:
                 continue
-            if chunk.finish_reason is not None:
-                del self._client_of[chunk.request_id]
             self._outbox[client].append(chunk)
             self._ready[client].set()

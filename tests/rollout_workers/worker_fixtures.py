@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from pool_fixtures import LocalActor
 
 from env_pool.actor import EnvironmentActor
@@ -20,7 +21,7 @@ from env_pool.rewards.client import RewardClient
 from env_pool.rewards.records import RewardSample
 from experience.entries import EpisodeEntry
 from experience.records import GroupHeader, Task, Trajectory
-from experience.wire import decode, decode_trajectory
+from experience.wire import decode, decode_trajectory, encode
 from rollout_workers import Episode
 from rollout_workers.assignments import Assignment, EpisodeReport
 from rollout_workers.config import RolloutConfig
@@ -101,21 +102,17 @@ class Engine(EngineActor):
         self.held = 0
         self.changed = asyncio.Condition()
 
-    async def submit(self, batch_bytes: bytes) -> None:
+    async def submit(self, batch_bytes: bytes) -> bytes:
         batch = decode(batch_bytes, SubmitBatch)
         self.submissions += 1
         self.requests += batch.requests
         self.aborted += batch.aborts
         answered = [r for r in batch.requests if self.silent_from is None or len(r.prompt) < self.silent_from]
         self.held += len(batch.requests) - len(answered)
-        for request in answered:
-            self._client_of[request.request_id] = batch.client
-            self._engine.submit(request)
-        for request_id in batch.aborts:
-            self._engine.abort(request_id)
-        self._work.set()
+        load = await super().submit(encode(msgspec.structs.replace(batch, requests=answered)))
         async with self.changed:
             self.changed.notify_all()
+        return load
 
     async def until(self, what: str, condition: Any) -> None:
         """Wait until ``condition()``; at most 20 s."""
