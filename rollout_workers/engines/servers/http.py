@@ -98,6 +98,17 @@ async def _bounded(response: httpx2.Response, call: Call) -> bytes:
     return b"".join(parts)
 
 
+async def beginning(body: AsyncIterator[bytes], limit: int = 64 << 10) -> bytes:
+    """The first ``limit`` bytes of an answer, or all of it."""
+    parts, size = [], 0
+    async for part in body:
+        parts.append(part)
+        size += len(part)
+        if size >= limit:
+            break
+    return b"".join(parts)[:limit]
+
+
 def refused(what: str, reply: Reply) -> ServerRefused | ServerFailed:
     """The error for an answer that is not 200, with a little of what it says."""
     text = " ".join(reply.body[:600].decode(errors="replace").split()) or "no text"

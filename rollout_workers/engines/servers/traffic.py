@@ -22,13 +22,17 @@ from rollout_workers.engines.servers.errors import (
     ServerUnreachable,
 )
 from rollout_workers.engines.servers.flights import Flight, Patience, Verdict, delay_before
-from rollout_workers.engines.servers.http import ServerConnection
+from rollout_workers.engines.servers.http import ServerConnection, beginning
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 10.0
 ABORT_S = 5.0
 """How long a server has to end an aborted request with the tokens that it has."""
+
+
+TRY_AGAIN = (408, 429)
+"""Statuses of the kind 4xx that say "later", not "never"."""
 
 
 class Traffic:
@@ -99,7 +103,9 @@ class Traffic:
             raise ValueError(f"request {request.request_id} is already in flight")
         flight = Flight(request, client, self._every, time.monotonic())
         self.flights[request.request_id] = flight
-        self._tasks[request.request_id] = asyncio.create_task(self._fly(flight))
+        task = asyncio.create_task(self._fly(flight))
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda done: self._landed(flight, done))
         self._on_change()
 
     async def collect(self, client: str) -> bytes:
@@ -124,32 +130,28 @@ class Traffic:
 
     async def _fly(self, flight: Flight) -> None:
         """Until the request has its last chunk, or the server is given up."""
-        try:
-            while True:
-                failure = await self._attempt(flight)
-                if failure is None:
-                    return
-                verdict = self._patience.judge(failure, flight.attempt)
-                logger.warning("request %s, attempt %d: %s", flight.request_id, flight.attempt, failure)
-                if verdict is Verdict.FAIL:
-                    self._deliver(flight.client, [flight.end(FinishReason.ERROR, str(failure))])
-                    return
-                if verdict is Verdict.DEAD:
-                    self.fail(ServerDied(f"{self._adapter.name} fails again and again: {failure}"))
-                    return
-                await asyncio.sleep(delay_before(flight.attempt + 1))
-        except asyncio.CancelledError:
+        while (failure := await self._attempt(flight)) is not None:
+            logger.warning("request %s, attempt %d: %s", flight.request_id, flight.attempt, failure)
+            verdict = self._patience.judge(failure, flight.attempt)
+            if verdict is Verdict.FAIL:
+                self._deliver(flight.client, [flight.end(FinishReason.ERROR, str(failure))])
+                return
+            if verdict is Verdict.DEAD:
+                self.fail(ServerDied(f"{self._adapter.name} fails again and again: {failure}"))
+                return
+            await asyncio.sleep(delay_before(flight.attempt + 1))
+
+    def _landed(self, flight: Flight, task: asyncio.Task[None]) -> None:
+        """The request's task is over, in whichever way (it may have been cancelled before it began)."""
+        self.flights.pop(flight.request_id, None)
+        self._tasks.pop(flight.request_id, None)
+        if task.cancelled():
             if flight.aborted:
                 self._deliver(flight.client, [flight.end(FinishReason.ABORT)])
-                return
-            raise
-        except Exception as error:
-            logger.exception("request %s", flight.request_id)
+        elif (error := task.exception()) is not None:
+            logger.error("request %s failed in its adapter", flight.request_id, exc_info=error)
             self._deliver(flight.client, [flight.end(FinishReason.ERROR, f"{type(error).__name__}: {error}")])
-        finally:
-            self.flights.pop(flight.request_id, None)
-            self._tasks.pop(flight.request_id, None)
-            self._on_change()
+        self._on_change()
 
     async def _attempt(self, flight: Flight) -> Exception | None:
         """One call for what is left of a request. Returns why it failed; None when the request is over."""
@@ -160,7 +162,9 @@ class Traffic:
             return None
         try:
             await self._stream(flight, request)
-        except (ServerRefused, ServerFailed, ServerUnreachable, ServerAnswerError) as error:
+        except ServerRefused as error:
+            return error
+        except (ServerFailed, ServerUnreachable, ServerAnswerError) as error:
             await self._abandon(request)
             return error
         except asyncio.CancelledError:
@@ -172,28 +176,31 @@ class Traffic:
             flight.silent = False
             await self._abandon(request)
             return ServerSilent(f"not a byte for {flight.request_id} in {self._timeout_s:g} s")
-        finally:
-            flight.parser = None
         self._patience.served()
         return None
 
     async def _stream(self, flight: Flight, request: GenerateRequest) -> None:
-        adapter = self._adapter
-        parser = flight.parser = adapter.parser(request, self.version)
+        """Raises an error that says what is to be done, unless the request got its last chunk."""
+        parser = flight.parser = self._adapter.parser(request, self.version)
         finished = False
-        async with self._connection.stream(adapter.generate(request, self.version)) as (status, body):
-            if status != 200:
-                text = b"".join([part async for part in body][:64])
-                kind = ServerRefused if 400 <= status < 500 else ServerFailed
-                raise kind(adapter.refusal(status, text))
-            if flight.aborted:
-                self._control(self._ask_abort(request.request_id))
-            async for data in body:
-                flight.heard_at = time.monotonic()
-                finished |= self._take(flight, parser.feed(data))
-        finished |= self._take(flight, parser.finish())
+        try:
+            async with self._connection.stream(self._adapter.generate(request, self.version)) as (status, body):
+                if status != 200:
+                    raise self._refusal(status, await beginning(body))
+                if flight.aborted:
+                    self._control(self._ask_abort(request.request_id))
+                async for data in body:
+                    flight.heard_at = time.monotonic()
+                    finished |= self._take(flight, parser.feed(data))
+            finished |= self._take(flight, parser.finish())
+        finally:
+            flight.parser = None
         if not finished:
             raise ServerAnswerError("the answer ended without a finish reason")
+
+    def _refusal(self, status: int, text: bytes) -> ServerRefused | ServerFailed:
+        final = 400 <= status < 500 and status not in TRY_AGAIN
+        return (ServerRefused if final else ServerFailed)(self._adapter.refusal(status, text))
 
     def _take(self, flight: Flight, chunks: list[TokenChunk]) -> bool:
         """Whether the last chunk was among them."""
