@@ -75,7 +75,7 @@ class PairChooser:
 
     def load(self, engine: str) -> int:
         """Requests chosen to decode on an engine and not finished."""
-        return self._router.load(engine)
+        return self._router.requests(engine)
 
     def queued(self, engine: str) -> int:
         """Tokens on their way through a prefill engine."""
@@ -106,6 +106,11 @@ class PairChooser:
             self._roles[engine] = role
             self._seat()
 
+    def dropped_kv(self, engine: str) -> None:
+        """``engine`` has dropped the KV of the sessions between two turns (it took new weights, say)."""
+        for held in self._held.values():
+            held.pop(engine, None)
+
     def choose(self, session: str, prompt: int, *, alone: bool = False) -> Ticket | None:
         """Where a request with a prompt of so many tokens goes, counted as started; None when there is no engine.
 
@@ -123,7 +128,7 @@ class PairChooser:
             return ticket
         costs = {engine: self._queued[engine] + prompt - held.get(engine, 0) for engine in prefills}
         prefill = min(prefills, key=lambda engine: (costs[engine], self._chosen[engine]))
-        if costs[prefill] > lacks * (self._router.load(decode)):
+        if costs[prefill] > lacks * self._router.requests(decode):
             return ticket
         ticket.prefill, ticket.queued = prefill, prompt - held.get(prefill, 0)
         self._queued[prefill] += ticket.queued
