@@ -21,6 +21,7 @@ from orchestrator.config import Config, ConfigError, load, to_yaml
 from orchestrator.model_files import check_model
 from orchestrator.report.command import report_command
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
+from orchestrator.scale_command import scale_command
 from orchestrator.show import show_command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -236,6 +237,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
         click.echo(f"  difficulty {name}: {part['success']:.3f} of {part['n']}")
 
 
+main.add_command(scale_command)
 main.add_command(show_command)
 main.add_command(trace_command)
 main.add_command(report_command)

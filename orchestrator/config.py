@@ -20,6 +20,7 @@ from env_pool.config import EnvironmentsConfig, RewardConfig, TasksConfig
 from experience.config import QueueConfig, StalenessConfig
 from learner.config import LearnerConfig, ModelConfig
 from orchestrator.composition import ConfigError, Origin, compose, leaves
+from orchestrator.fleet_config import FleetConfig
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engines.config import EnginesConfig
 from weight_sync.config import WeightsConfig
@@ -124,6 +125,7 @@ class Config:
     queue: QueueConfig = field(default_factory=QueueConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:

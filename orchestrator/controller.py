@@ -5,6 +5,7 @@ loop                consumes                             produces               
 ==================  ===================================  ====================================  =======================
 ``_queue_events``   ready, returned, closed groups       pacing slots, cancellations           the queue actor
 ``publish``         a version that the learner holds     engines that serve it, slots          staging and commits
+``EngineCrew``      engines coming and going             engines in service, probed            see there
 ``_pump``           pacing room, free workers            groups opened and assigned            nothing
 ``episodes_ended``  reports of the workers               failure verdicts, evaluations         nothing
 ``_watch_stall``    signs of progress                    warnings, and an error, that name     ``run.stall_timeout_s``
@@ -20,10 +21,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import ray
 
 from env_pool.registry import TaskSource
 from experience.accounting import Cause
@@ -33,20 +33,24 @@ from experience.records import GroupHeader
 from experience.staleness import make_policy
 from experience.wire import decode, encode
 from orchestrator.accounting.accountant import accountant_of
+from orchestrator.commands import Commands
+from orchestrator.control import ControlServer
+from orchestrator.crew import CrewEvents, EngineCrew
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
 from orchestrator.failures import FailureMonitor
-from orchestrator.fleet import Fleet, FleetEvents
-from orchestrator.processes import Processes, engine_name, worker_name
+from orchestrator.fleet_log import FleetLog
+from orchestrator.processes import Processes, worker_name
 from orchestrator.progress import Progress
 from orchestrator.pulses import Pulses
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
 from orchestrator.run_plan import RunFailed, RunInterrupted, RunPlan, cause_of, members_of
 from orchestrator.stuck_actors import StuckActors
-from orchestrator.supervisor import Role, Supervisor, first_line
+from orchestrator.supervisor import Role, Supervisor
 from orchestrator.telemetry import setup_actor_logging
 from orchestrator.vitals_taker import vitals_taken
 from orchestrator.watchdog import Parts, Watchdog
+from orchestrator.workforce import Workforce
 from rollout_workers.assignments import Assignment, EpisodeReport
 
 logger = logging.getLogger(__name__)
@@ -78,19 +82,23 @@ class Controller:
             config.seed,
         )
         self._failures = FailureMonitor()
-        self._fleet = Fleet(
-            config.weights,
-            plan.version,
-            self._transfer,
-            FleetEvents(self._expire, self._prepare, self._served, self._committed, self._stuck_engine),
-        )
-        self._workers: dict[str, Any] = {}
+        self._workforce = Workforce()
+        self._workers = self._workforce.handles
         """Workers that take assignments, by name."""
-        self._engines: dict[str, Any] = {}
-        """Engines that workers may send requests to, by name."""
         self._stuck = StuckActors(config, self._supervisor, self._workers, self.progress.event, self._fail)
         self._missing: dict[str, list[int]] = {}
-        self._evaluations = Evaluations(config, self._run, self._send, self._evaluation_done)
+        self._evaluations = Evaluations(config, self._run, self._workforce.send, self._evaluation_done)
+        self._fleet_log = FleetLog(self._run.fleet_events)
+        self._crew = EngineCrew(
+            plan,
+            self._processes,
+            self._supervisor,
+            self._workforce,
+            self._evaluations,
+            self._stuck,
+            self._fleet_log,
+            CrewEvents(self._expire, self._served, self._committed, self.progress.event, self._keep),
+        )
         self._pump_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._began_training = False
@@ -103,7 +111,7 @@ class Controller:
             supervisor=self._supervisor,
             pulses=self._pulses,
             dispatcher=self._dispatcher,
-            fleet=self._fleet,
+            fleet=self._crew.fleet,
             workers=self._workers,
             groups_per_update=config.rollout.groups_per_update,
             publishing=lambda: self._publishing,
@@ -119,7 +127,8 @@ class Controller:
         self._fatal = asyncio.get_running_loop().create_future()
         work = asyncio.create_task(self._course())
         try:
-            async with vitals_taken(self._run.vitals, "controller"):
+            commands = Commands(self._crew, self._fleet_log, lambda: self.progress.phase)
+            async with vitals_taken(self._run.vitals, "controller"), ControlServer(self._run.control, commands):
                 await asyncio.wait({work, self._fatal}, return_when=asyncio.FIRST_COMPLETED)
             if self._fatal.done():
                 self._fatal.result()
@@ -157,13 +166,14 @@ class Controller:
         await self._start_actors()
         self._keep(self._queue_events())
         self._keep(self._watch_stall())
+        self._keep(self._crew.run_probes())
         await self._committed(self._plan.version)
         await self._pulses.ask_all()  # what was spent until here is not the training's
         self.progress.phase = "training"
         self._account.switch(Cause.IDLE, clock())
         self._began_training = True
         await self._pump()
-        nodes = [await handle.node.remote() for handle in self._supervisor.handles("engine")]
+        nodes = await self._crew.nodes()
         learner, queue = self._one("learner"), self._one("queue")
         await learner.run.remote(queue, self._controller, nodes)
         self.progress.phase = "evaluating"
@@ -175,10 +185,10 @@ class Controller:
         config, supervisor = self._config, self._supervisor
         counts = [
             (self._role("learner", self._learner_ready, replace=False), config.learner.ranks),
-            (self._role("engine", self._engine_ready, self._engine_lost), config.engines.count),
+            (self._crew.role, config.engines.count),
             (self._role("queue", self._queue_ready, replace=False), 1),
-            (self._role("environment", self._environment_ready), config.environments.actors),
-            (self._role("reward", self._reward_ready), 1 if config.rewards else 0),
+            (self._role("environment", partial(self._helper_ready, "environment")), config.environments.actors),
+            (self._role("reward", partial(self._helper_ready, "reward")), 1 if config.rewards else 0),
             (self._role("worker", self._worker_ready, self._worker_lost), config.rollout.workers),
         ]
         for role, count in counts:
@@ -199,7 +209,7 @@ class Controller:
                     ledger = await self._one("queue").ledger.remote()
             except Exception:
                 logger.exception("the queue did not give its ledger")
-        first = await self._first_token_at()
+        first = await self._crew.first_token_at()
         await self._pulses.ask_all()
         return self.progress.finish(
             status,
@@ -210,17 +220,8 @@ class Controller:
             self._accountant,
             self._watchdog.stalls,
             self._pulses.prefix_hit(),
+            self._fleet_log.summary(),
         )
-
-    async def _first_token_at(self) -> float | None:
-        times = []
-        for handle in self._supervisor.handles("engine"):
-            try:
-                async with asyncio.timeout(5):
-                    times.append(await handle.first_token_at.remote())
-            except Exception as error:  # noqa: BLE001 - an engine that is gone has no first token to tell
-                logger.info("an engine did not answer: %s", first_line(error))
-        return min((at for at in times if at is not None), default=None)
 
     def _fail(self, cause: str, kind: type[RunFailed] = RunFailed) -> None:
         """End the run; the first cause wins."""
@@ -265,32 +266,11 @@ class Controller:
         if version != self._plan.version:
             raise RunFailed(f"the learner loaded version {version}, the run expected {self._plan.version}")
 
-    async def _engine_ready(self, index: int, attempt: int, handle: Any) -> None:
-        name = engine_name(index, attempt)
-        plan = self._plan
-        path = plan.checkpoint or plan.model_path
-        await handle.load.remote(path, self._config.model.dtype, plan.resources.engine_threads, plan.version)
-        await self._fleet.join(name, handle, plan.version)
-        await self._evaluations.engine_joined(handle, self._fleet.membership.current_version)
-        self._engines[name] = handle
-        await self._tell_workers("add_engine", name, handle)
-
-    async def _engine_lost(self, index: int, attempt: int, cause: BaseException) -> None:
-        del cause
-        name = engine_name(index, attempt)
-        self._fleet.lost(name)
-        self._engines.pop(name, None)
-        await self._tell_workers("remove_engine", name)
-
-    async def _environment_ready(self, index: int, attempt: int, handle: Any) -> None:
+    async def _helper_ready(self, role: str, index: int, attempt: int, handle: Any) -> None:
+        """An environment or reward actor."""
         await handle.health.remote()
         if attempt:
-            await self._tell_workers("replace_environment", index, handle)
-
-    async def _reward_ready(self, index: int, attempt: int, handle: Any) -> None:
-        await handle.health.remote()
-        if attempt:
-            await self._tell_workers("replace_reward", index, handle)
+            await self._workforce.tell(f"replace_{role}", index, handle)
 
     async def _worker_ready(self, index: int, attempt: int, handle: Any) -> None:
         supervisor = self._supervisor
@@ -299,7 +279,7 @@ class Controller:
         )
         name = worker_name(index, attempt)
         self._workers[name] = handle
-        for engine, engine_handle in list(self._engines.items()):
+        for engine, engine_handle in list(self._crew.engines.items()):
             await handle.add_engine.remote(engine, engine_handle)
         if attempt or self._plan.checkpoint is not None:
             alive = {
@@ -322,17 +302,6 @@ class Controller:
         in_flight = decode(await self._one("queue").in_flight.remote(), list[InFlight])
         self._missing.update({group.header.group_id: members_of(group) for group in in_flight})
         self._dispatcher.worker_lost(name)
-
-    def _stuck_engine(self, name: str, reason: str) -> None:
-        self._stuck.engine_broken(name, reason)
-
-    async def _tell_workers(self, method: str, *arguments: Any) -> None:
-        """Call every worker; one that has just died is the supervisor's business."""
-        for name, handle in list(self._workers.items()):
-            try:
-                await getattr(handle, method).remote(*arguments)
-            except ray.exceptions.RayError as error:
-                logger.warning("%s did not hear of %s: %s", name, method, first_line(error))
 
     async def actor_stuck(self, worker: str, role: str, index: int, reason: str) -> None:
         """``worker`` has given up ``role``-``index``: see `StuckActors.given_up`."""
@@ -361,17 +330,7 @@ class Controller:
         for worker, header in groups:
             members = self._missing.pop(header.group_id, list(range(header.size)))
             by_worker.setdefault(worker, []).append(Assignment(header=header, members=members, opened_at=opened_at))
-        await self._send(by_worker)
-
-    async def _send(self, by_worker: dict[str, list[Assignment]]) -> None:
-        for worker, assignments in by_worker.items():
-            handle = self._workers.get(worker)
-            if handle is None:
-                continue
-            try:
-                await handle.run.remote(encode(assignments))
-            except ray.exceptions.RayError as error:
-                logger.warning("%s did not take its assignments: %s", worker, first_line(error))
+        await self._workforce.send(by_worker)
 
     async def _queue_events(self) -> None:
         queue = self._one("queue")
@@ -387,7 +346,7 @@ class Controller:
                     self._dispatcher.finished(event.group_id)
                     cancelled += [event.group_id] if event.episodes else []
             if cancelled:
-                await self._tell_workers("cancel", cancelled)
+                await self._workforce.tell("cancel", cancelled)
             if events:
                 self._watchdog.touch()
                 await self._pump()
@@ -407,7 +366,7 @@ class Controller:
         verdict = self._failures.verdict()
         if verdict is not None:
             self._fail(verdict)
-        await self._evaluations.complete(self._engines)
+        await self._evaluations.complete(self._crew.engines)
 
     # Calls from the learner, and the road of the weights
 
@@ -416,7 +375,7 @@ class Controller:
         self._publishing = (version, time.monotonic())
         self._account.switch(Cause.WEIGHT_STALL, clock())
         try:
-            await self._fleet.publish(version)
+            await self._crew.publish(version)
         finally:
             self._publishing = None
             self._account.switch(Cause.IDLE, clock())
@@ -435,28 +394,6 @@ class Controller:
         """What a checkpoint must hold beside the learner's state."""
         return {"dispatched": self._dispatcher.dispatched, "seed": self._config.seed, "mode": self._config.mode}
 
-    async def _transfer(self, version: int, members: list[tuple[str, Any]]) -> list[str]:
-        """Move the learner's prepared version to ``members``; returns who has it."""
-        if not members:
-            return []
-        learner = self._one("learner")
-        limit = self._config.weights.timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                offer = await learner.offer.remote(version, [name for name, _ in members])
-                calls = [learner.send.remote(), *(handle.stage.remote(offer) for _, handle in members)]
-                results = await asyncio.gather(*(resolve(call) for call in calls), return_exceptions=True)
-        except TimeoutError:
-            logger.error("version %d: no transfer to %s within %s s", version, [n for n, _ in members], limit)
-            return []
-        for result in results:
-            if isinstance(result, BaseException):
-                logger.error("version %d: transfer: %s", version, first_line(result))
-        return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
-
-    async def _prepare(self, version: int) -> None:
-        await self._one("learner").prepare.remote(version)
-
     async def _expire(self, version: int) -> None:
         await self._one("queue").expire.remote(version)
 
@@ -466,7 +403,7 @@ class Controller:
 
     async def _committed(self, version: int) -> None:
         """All engines serve ``version`` and nothing newer is on its way: the moment to pin it for an evaluation."""
-        skipped = await self._evaluations.consider(version, self._engines, self._workers)
+        skipped = await self._evaluations.consider(version, self._crew.engines, self._workers)
         if skipped:
             self.progress.event(skipped)
 
@@ -479,8 +416,3 @@ class Controller:
 
     async def _watch_stall(self) -> None:
         raise RunFailed(await self._watchdog.run())
-
-
-async def resolve(reference: Any) -> Any:
-    """An object reference as a coroutine (asyncio.gather takes only awaitables of its own kind)."""
-    return await reference

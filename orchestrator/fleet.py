@@ -2,7 +2,8 @@
 
 Carries out what `weight_sync.membership.Membership` and `weight_sync.publication.Publication` decide. A version is
 announced, what it makes useless is expired, its bytes are staged while the engines go on decoding, and each engine
-commits at a token boundary with its requests in flight.
+commits at a token boundary with its requests in flight. Joining, leaving and publishing exclude each other: an engine
+that joins holds what is current, and one that leaves breaks no transfer.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class FleetEvents:
     """The oldest version that any engine serves has changed."""
     committed: Callable[[int], Awaitable[None]]
     """Every engine serves this version; nothing newer is published before this returns."""
+    joined: Callable[[str, Any], Awaitable[None]]
+    """An engine (name, handle) serves the current version; nothing newer is published before this returns."""
     broken: Callable[[str, str], None]
     """An engine does not take weights and must be replaced: name, reason."""
+    changed: Callable[[str, MemberState, int | None, str], None]
+    """An engine is in this state now, with this version: name, state, version, why."""
 
 
 class Fleet:
@@ -63,24 +68,55 @@ class Fleet:
         """Engines that a publication under way waits for."""
         return self._publication.awaited
 
-    async def join(self, name: str, handle: Any, version: int) -> None:
-        """Bring an engine that holds ``version`` (from disk) into service, with the current weights."""
+    def held(self, name: str) -> int | None:
+        """The version that an engine was given last; None while it has none or is gone."""
+        return self.membership.get(name).version if name in self.membership.sampling() else None
+
+    def starting(self, name: str) -> None:
+        """The process of an engine is being started."""
         self.membership.join(name)
+        self._tell(name, "")
+
+    async def join(self, name: str, handle: Any, version: int) -> None:
+        """Bring an engine that holds ``version`` (from disk) into service, with the current weights.
+
+        Raises RuntimeError if it cannot be given them, TransitionError if it was declared lost meanwhile.
+        """
         self._handles[name] = handle
         async with self._moving:
             wanted = self.membership.begin_load(name)
+            self._tell(name, "")
             if wanted != version:
                 if name not in await self._transfer(wanted, [(name, handle)]):
                     raise RuntimeError(f"engine {name} could not be given version {wanted}")
                 await self._commit(name, handle, wanted)
             self.membership.loaded(name, wanted)
+            self._tell(name, "")
+            await self._events.joined(name, handle)
         await self._tell_served()
 
-    def lost(self, name: str) -> None:
-        """An engine is gone."""
+    def drain(self, name: str, why: str) -> None:
+        """An engine gets no new requests; until it has left it goes on with those it has, and takes updates.
+
+        Raises TransitionError if it is draining or gone.
+        """
+        self.membership.drain(name)
+        self._tell(name, why)
+
+    async def leave(self, name: str, why: str) -> None:
+        """A drained engine goes, as soon as no version is on its way."""
+        async with self._moving:
+            self.lost(name, why)
+        await self._tell_served()
+
+    def lost(self, name: str, why: str) -> bool:
+        """An engine is gone. False if that was known, or it never was there."""
         self._handles.pop(name, None)
-        if self.membership.died(name):
-            self._publication.died(name)
+        if not self.membership.knows(name) or not self.membership.died(name):
+            return False
+        self._publication.died(name)
+        self._tell(name, why)
+        return True
 
     async def publish(self, version: int) -> None:
         """Bring ``version``, which the learner holds, to all engines in service."""
@@ -100,7 +136,7 @@ class Fleet:
     async def _carry_out(self, action: Action) -> None:
         match action.kind:
             case Phase.ANNOUNCE:
-                self._publication.announced(self.membership.serving())
+                self._publication.announced(self.membership.sampling())
             case Phase.EXPIRE:
                 await self._events.expire(action.version)
                 self._publication.expired()
@@ -123,8 +159,7 @@ class Fleet:
             self._publication.transfer_failed(f"{left} did not take it")
         except Exception as error:  # noqa: BLE001 - TransitionError: the transfers are used up
             for name in left:
-                self._events.broken(name, str(error))
-                self.lost(name)
+                self._give_up(name, error)
 
     async def _commit_member(self, name: str, version: int) -> None:
         handle = self._handles.get(name)
@@ -134,8 +169,7 @@ class Fleet:
                 if self.membership.get(name).state is not MemberState.DEAD:
                     self.membership.switched(name, version)
         except Exception as error:  # noqa: BLE001 - an engine can die at any moment; it is replaced
-            self._events.broken(name, str(error))
-            self.lost(name)
+            self._give_up(name, error)
             return
         if self._publication.phase is Phase.COMMIT:
             self._publication.committed(name)
@@ -145,6 +179,15 @@ class Fleet:
             served = await handle.commit.remote(version, self._config.kv)
         if served != version:
             raise RuntimeError(f"engine {name} serves version {served} after committing {version}")
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        reason = str(error) or type(error).__name__
+        self._events.broken(name, reason)
+        self.lost(name, f"it did not take the weights ({reason})")
+
+    def _tell(self, name: str, why: str) -> None:
+        member = self.membership.get(name)
+        self._events.changed(name, member.state, member.version, why)
 
     async def _tell_served(self) -> None:
         oldest = self.membership.oldest_served()

@@ -176,6 +176,7 @@ class Progress:
         accountant: Accountant,
         stalls: list[dict[str, Any]],
         prefix_hit: float | None = None,
+        fleet: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write `summary.json` and return it."""
         self.phase = status
@@ -206,6 +207,7 @@ class Progress:
             "accounting": accountant.lanes(),
             "cpu_s": accountant.cpu_s(),
             "stalls": stalls,
+            "fleet": dict(fleet or {}),
             **scale_of(self._config),
             "versions": {"python": platform.python_version(), **versions()},
         }

@@ -59,6 +59,7 @@ class Pulses:
                 self._accountant.pulse(actor.name, actor.attempt, pulse.accounts, pulse.slots, pulse.cpu_s)
         names = {actor.name for actor in actors}
         self.live = {name: answer for name, answer in self.live.items() if name in names}
+        self._asked_in_vain = {name: at for name, at in self._asked_in_vain.items() if name in names}
         self._accountant.pulse(self._own.actor, 0, self._own.totals(clock()), {}, time.process_time())
         training, published_s = self._situation()
         workers = [actor for actor in actors if actor.role.name == "worker"]

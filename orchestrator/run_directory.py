@@ -13,6 +13,8 @@
     logs/                ACTOR-ATTEMPT.log
     workload/            WORKER.jsonl: what each delivered episode did, to be replayed (see env_pool.workloads)
     vitals/              ACTOR.jsonl: how promptly each actor acts (see experience.vitals)
+    fleet.jsonl          what happened to the engines (see orchestrator.fleet_log)
+    control.json         while the run is under way: where it takes commands (see orchestrator.control)
     timeline/            ACTOR.jsonl: where each actor's seconds went
     summary.json         written at the end, and at every evaluation
     attempts.jsonl       one line for each start: train, resume, ...
@@ -139,6 +141,16 @@ class RunDirectory:
     def vitals(self) -> Path:
         """How late event loops were, how long dispatches took: see `experience.vitals`."""
         return self.path / "vitals"
+
+    @property
+    def fleet_events(self) -> Path:
+        """What happened to the engines, see `orchestrator.fleet_log`."""
+        return self.path / "fleet.jsonl"
+
+    @property
+    def control(self) -> Path:
+        """Where the run takes commands while it is under way, see `orchestrator.control`."""
+        return self.path / "control.json"
 
     @property
     def workload(self) -> Path:

@@ -20,6 +20,9 @@ from orchestrator.failures import RestartBudget
 
 logger = logging.getLogger(__name__)
 
+STOP_S = 5.0
+"""How long an actor may take to let go of what it holds before it is killed."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -46,6 +49,8 @@ class Actor:
     handle: Any
     state: str = "starting"
     watch: asyncio.Task[None] | None = None
+    retiring: bool = False
+    """It is being taken out of the run: its death is no failure."""
 
     @property
     def name(self) -> str:
@@ -74,6 +79,41 @@ class Supervisor:
             actor = Actor(role, index, 0, role.spawn(index, 0))
             self.actors[actor.name] = actor
 
+    async def add(self, role: Role, index: int) -> None:
+        """Start one more actor of a role; returns when it is in service.
+
+        Raises what kept it from that; the actor is ended, the others go on, and nothing is tried again.
+        """
+        try:
+            await self._launch(role, index, 0)
+        except Exception as error:
+            actor = self.actors.pop(f"{role.name}-{index}", None)
+            if actor is not None:
+                ray.kill(actor.handle)
+            await role.lost(index, 0, error)
+            raise
+
+    def retiring(self, name: str) -> Actor:
+        """An actor is about to be taken out: it is not replaced any more. Raises KeyError if there is none of that name."""
+        actor = self.actors[name]
+        actor.retiring, actor.state = True, "draining"
+        return actor
+
+    async def retire(self, actor: Actor) -> None:
+        """End an actor that was announced by `retiring`."""
+        if actor.watch is not None:
+            actor.watch.cancel()
+        if self.actors.get(actor.name) is actor:
+            del self.actors[actor.name]
+        try:
+            async with asyncio.timeout(STOP_S):
+                await actor.handle.stop.remote()
+        except TimeoutError:
+            logger.warning("%s did not stop within %g s; it is killed", actor.name, STOP_S)
+        except ray.exceptions.RayError as error:
+            logger.info("%s is gone already: %s", actor.name, first_line(error))
+        ray.kill(actor.handle)
+
     def handles(self, role_name: str) -> list[Any]:
         """Handles of a role's actors by index."""
         chosen = [actor for actor in self.actors.values() if actor.role.name == role_name]
@@ -87,7 +127,7 @@ class Supervisor:
                 actor.watch.cancel()
         stops = [asyncio.wrap_future(actor.handle.stop.remote().future()) for actor in self.actors.values()]
         if stops:
-            await asyncio.wait(stops, timeout=5.0)
+            await asyncio.wait(stops, timeout=STOP_S)
         for actor in self.actors.values():
             ray.kill(actor.handle)
 
@@ -121,6 +161,10 @@ class Supervisor:
 
     async def _recover(self, actor: Actor, cause: BaseException) -> None:
         actor.state = "dead"
+        if actor.retiring:
+            logger.warning("%s died while it was being taken out (%s)", actor.name, first_line(cause))
+            await actor.role.lost(actor.index, actor.attempt, cause)
+            return
         summary = f"{actor.name} died ({first_line(cause)})"
         logger.error("%s", summary)
         if not actor.role.replace:
