@@ -21,6 +21,7 @@ def remaining(request: GenerateRequest, chunks: list[TokenChunk]) -> GenerateReq
         request,
         prompt=np.concatenate([request.prompt, *(chunk.tokens for chunk in chunks)]),
         max_tokens=request.max_tokens - done,
+        generated=request.generated + done,
         resumed_tokens=request.resumed_tokens + done,
     )
 

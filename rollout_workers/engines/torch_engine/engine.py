@@ -37,12 +37,13 @@ from rollout_workers.engines.protocol import (
 from rollout_workers.engines.torch_engine import loader
 from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
-from rollout_workers.engines.torch_engine.forward import Forward
-from rollout_workers.engines.torch_engine.requests import refusal
+from rollout_workers.engines.torch_engine.forward import forward_of
+from rollout_workers.engines.torch_engine.kv_exchange import KvExchange
+from rollout_workers.engines.torch_engine.requests import empty_chunk, refusal
 from rollout_workers.engines.torch_engine.sampler import sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
-from rollout_workers.engines.torch_engine.stop_strings import StopStrings
+from rollout_workers.engines.torch_engine.stop_strings import StopStrings, eos_mask
 from rollout_workers.engines.torch_engine.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ class TorchEngine:
         self.table = SlotTable(config.slots, config.max_len)
         self.scheduler = Scheduler(self.table, config.prefill_tokens)
         self.cache = SlotCache(config.slots, config.max_len)
+        self.kv = KvExchange(self.scheduler, self.cache, config.park_mb << 20)
         self.counters = Counters()
         self.paused = False
-        self._compute = _forward_of(model, self.cache, config.trace)
+        self._compute = forward_of(model, self.cache, config.trace)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._stops = StopStrings(tokenizer, self._vocabulary)
-        self._eos = _eos_mask(model, self._vocabulary)
+        self._eos = eos_mask(model, self._vocabulary)
         self._requests: dict[str, GenerateRequest] = {}
         self._outbox: list[TokenChunk] = []
 
@@ -103,7 +105,7 @@ class TorchEngine:
             raise ValueError(f"request {request.request_id!r} is already in flight; request ids must be unique")
         reason = self._refusal(request)
         if reason is not None:
-            self._outbox.append(_empty_chunk(request.request_id, FinishReason.ERROR, reason))
+            self._outbox.append(empty_chunk(request.request_id, FinishReason.ERROR, reason))
             return
         self._requests[request.request_id] = request
         self.scheduler.enqueue(request)
@@ -115,7 +117,7 @@ class TorchEngine:
             return
         if self.scheduler.remove_waiting(lambda waiting: waiting.request_id == request_id):
             del self._requests[request_id]
-            self._outbox.append(_empty_chunk(request_id, FinishReason.ABORT))
+            self._outbox.append(empty_chunk(request_id, FinishReason.ABORT))
             return
         self._outbox.append(self._finish(self.table.slot_of[request.session_id], FinishReason.ABORT))
 
@@ -124,6 +126,7 @@ class TorchEngine:
         for request in [r for r in self._requests.values() if r.session_id == session_id]:
             self.abort(request.request_id)
         self.scheduler.release(session_id)
+        self.kv.released(session_id)
 
     def step(self) -> list[TokenChunk]:
         """Admit, compute one forward pass, sample; returns the chunks that are due. Does nothing while paused."""
@@ -154,6 +157,7 @@ class TorchEngine:
         self.paused = True
         if keep is PauseMode.KEEP_REQUESTS:
             self.counters.recomputed_tokens += self.scheduler.drop_all_kv()
+            self.kv.drop_all()
         elif keep is PauseMode.ABORT:
             for request_id in list(self._requests):
                 self.abort(request_id)
@@ -188,6 +192,7 @@ class TorchEngine:
         began = time.perf_counter()
         self.weights.commit(version)
         self.counters.recomputed_tokens += self.scheduler.invalidate(version, kv)
+        self.kv.committed(version, kv)
         if self._requests:
             self.counters.stall_s += time.perf_counter() - began
         return version
@@ -213,6 +218,11 @@ class TorchEngine:
             kv_used=float(table.kv_length.sum()) / table.tokens.size,
             paused=self.paused,
             evicted_sessions=self.scheduler.evicted,
+            parked_sessions=len(self.kv.park),
+            parked_mb=self.kv.park.used / 2**20,
+            parks=self.kv.park.parks,
+            park_hits=self.kv.park.hits,
+            park_evictions=self.kv.park.evictions,
             **self.counters.snapshot(),
         )
 
@@ -297,7 +307,8 @@ class TorchEngine:
             if matcher is not None and matcher.may_complete[token]:
                 request = self.table.request[slot]
                 assert request is not None
-                found = matcher.match(self.table.tokens[slot, len(request.prompt) : self.table.length[slot]])
+                began = len(request.prompt) - request.generated
+                found = matcher.match(self.table.tokens[slot, began : self.table.length[slot]])
                 if found is not None:
                     matches[slot] = found
         return matches
@@ -345,22 +356,6 @@ class TorchEngine:
         )
 
 
-def _forward_of(model: PreTrainedModel, cache: SlotCache, trace: bool) -> Forward:
-    """Raises ModelError for a model that bypasses the attention interface or wants more of it than there is."""
-    name = type(model).__name__
-    try:
-        forward = Forward(model, cache, trace=trace)
-    except (ValueError, TypeError) as error:
-        raise loader.ModelError(f"{name} cannot run in the torch engine: {error}") from error
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    if len(cache.layers) != layers:
-        raise loader.ModelError(
-            f"{name}: {len(cache.layers)} of its {layers} layers use the attention interface; the torch engine needs "
-            "all of them to"
-        )
-    return forward
-
-
 def build_engine(
     config: EnginesConfig, path: Path, dtype: str | None = None, threads: int | None = None, version: int = 0
 ) -> TorchEngine:
@@ -374,24 +369,3 @@ def build_engine(
         torch.set_num_threads(threads)
     model, tokenizer = loader.load_model(str(path), dtype or config.dtype, config.device)
     return TorchEngine(model, tokenizer, config, version)
-
-
-def _eos_mask(model: PreTrainedModel, vocabulary: int) -> npt.NDArray[np.bool_]:
-    """bool [V]: the end-of-sequence tokens of the model's generation settings."""
-    mask = np.zeros(vocabulary, np.bool_)
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    for token in [ids] if isinstance(ids, int) else ids or []:
-        if 0 <= token < vocabulary:
-            mask[token] = True
-    return mask
-
-
-def _empty_chunk(request_id: str, reason: FinishReason, error: str | None = None) -> TokenChunk:
-    return TokenChunk(
-        request_id=request_id,
-        tokens=np.zeros(0, np.int32),
-        logprobs=np.zeros(0, np.float32),
-        versions=np.zeros(0, np.int32),
-        finish_reason=reason,
-        error=error,
-    )

@@ -28,6 +28,7 @@ from rollout_workers.engines.torch_engine.attention import (
     last_positions,
     to_device,
 )
+from rollout_workers.engines.torch_engine.loader import ModelError
 from rollout_workers.engines.torch_engine.sampler import draw
 from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED
@@ -103,6 +104,22 @@ class Forward:
         plan = _prefill_plan(min(3, self._cache.max_len))
         self._cache.step = step = MixedStep(self._cache, plan, self._device, self._dtype)
         return _traced(_Mixed(self._model, self._cache), _mixed_inputs(plan, step))
+
+
+def forward_of(model: PreTrainedModel, cache: SlotCache, trace: bool) -> Forward:
+    """Raises ModelError for a model that bypasses the attention interface or wants more of it than there is."""
+    name = type(model).__name__
+    try:
+        forward = Forward(model, cache, trace=trace)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{name} cannot run in the torch engine: {error}") from error
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if len(cache.layers) != layers:
+        raise ModelError(
+            f"{name}: {len(cache.layers)} of its {layers} layers use the attention interface; the torch engine needs "
+            "all of them to"
+        )
+    return forward
 
 
 class _Mixed(torch.nn.Module):

@@ -1,10 +1,12 @@
-"""Which requests an engine refuses, and with what words."""
+"""Which requests an engine refuses, and with what words; the chunk that ends one without tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Set
 
-from rollout_workers.engines.protocol import GenerateRequest
+import numpy as np
+
+from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 
 
 def refusal(request: GenerateRequest, vocabulary: int, max_len: int, pinned: Set[int]) -> str | None:
@@ -31,3 +33,15 @@ def refusal(request: GenerateRequest, vocabulary: int, max_len: int, pinned: Set
     if request.pinned_version is not None and request.pinned_version not in pinned:
         return f"version {request.pinned_version} is not pinned here (pinned: {sorted(pinned)})"
     return None
+
+
+def empty_chunk(request_id: str, reason: FinishReason, error: str | None = None) -> TokenChunk:
+    """The last chunk of a request that gets no (further) tokens."""
+    return TokenChunk(
+        request_id=request_id,
+        tokens=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        versions=np.zeros(0, np.int32),
+        finish_reason=reason,
+        error=error,
+    )

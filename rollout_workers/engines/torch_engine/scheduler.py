@@ -231,9 +231,7 @@ class Scheduler:
         if policy is KvPolicy.KEEP:
             return 0
         if policy is KvPolicy.AUTO:
-            remaining = np.maximum(table.limit - table.length, 1)
-            missed = np.maximum(new_version - table.kv_oldest, 1)
-            stale &= table.kv_length <= PREFILL_GAIN * remaining * missed
+            stale &= worth_recomputing(table.kv_length, table.limit - table.length, new_version - table.kv_oldest)
         again = int(table.kv_length[stale & table.running].sum())
         table.kv_length[stale] = 0
         return again
@@ -249,6 +247,13 @@ class Scheduler:
         slot = self.table.slot_of.get(session_id)
         if slot is not None:
             self.table.drop(slot)
+
+
+def worth_recomputing(
+    context: IntArray | int, remaining: IntArray | int, missed: IntArray | int
+) -> npt.NDArray[np.bool_]:
+    """The rule of ``KvPolicy.AUTO``, see `Scheduler.invalidate`; of one sequence or of many."""
+    return np.asarray(context <= PREFILL_GAIN * np.maximum(remaining, 1) * np.maximum(missed, 1))
 
 
 def _nothing(slot: int) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
 
 
 class StopStrings:
@@ -61,3 +62,13 @@ class StopMatcher:
         text = self._tokenizer.decode(generated[-self.window :].tolist(), skip_special_tokens=False)
         found = [(text.index(string), string) for string in self.strings if string in text]
         return min(found)[1] if found else None
+
+
+def eos_mask(model: PreTrainedModel, vocabulary: int) -> npt.NDArray[np.bool_]:
+    """bool [V]: the end-of-sequence tokens of the model's generation settings."""
+    mask = np.zeros(vocabulary, np.bool_)
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    for token in [ids] if isinstance(ids, int) else ids or []:
+        if 0 <= token < vocabulary:
+            mask[token] = True
+    return mask

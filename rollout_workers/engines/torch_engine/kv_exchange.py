@@ -1,0 +1,260 @@
+"""Keys and values that leave a slot or come into one other than by computing: handed over, or parked in host memory.
+
+| | from | to |
+|---|---|---|
+| ``copy_out`` | a slot | bytes for another engine |
+| ``expect``, ``copy_in``, ``settle`` | bytes of another engine | the session's slot, or the park while no slot is free |
+| parking | the slot of an idle session that has to leave it | the park, as far as its budget goes |
+| bringing back | the park | the slot that the session gets for its next turn |
+
+A piece of KV is laid out layer by layer, keys before values, each ``[G, n, D]``: G key/value heads, n tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rollout_workers.disaggregation.handoff import Reason
+from rollout_workers.disaggregation.parking import ParkingLot
+from rollout_workers.engines.protocol import KvPolicy
+from rollout_workers.engines.torch_engine.attention import SlotCache
+from rollout_workers.engines.torch_engine.scheduler import Scheduler, worth_recomputing
+from rollout_workers.engines.torch_engine.slot_table import SERVED
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass
+class ParkedKv:
+    """The KV of one session outside of the slots."""
+
+    tokens: Tokens
+    kv_length: int
+    """So many of ``tokens`` have their KV here."""
+    oldest: int
+    """Oldest version that computed any of it."""
+    pin: int
+    remaining: int
+    """Tokens that the session's request could still sample when it was parked."""
+    received: int
+    tensors: list[Tensor]
+    """Keys and values of each layer, ``[G, capacity, D]`` in host memory."""
+
+    def shared(self, prompt: Tokens) -> int:
+        """Length of the longest prefix of ``prompt`` that has its KV here."""
+        most = min(self.kv_length, len(prompt))
+        differs = np.flatnonzero(self.tokens[:most] != prompt[:most])
+        return int(differs[0]) if len(differs) else most
+
+
+class KvExchange:
+    """One engine's. ``park_bytes``: the budget of the park; 0 parks nothing."""
+
+    def __init__(self, scheduler: Scheduler, cache: SlotCache, park_bytes: int) -> None:
+        self.scheduler = scheduler
+        self.table = scheduler.table
+        self.cache = cache
+        self.park: ParkingLot[ParkedKv] = ParkingLot(park_bytes)
+        self._expected: set[str] = set()
+        """Sessions whose KV is on its way here, or has arrived and was not asked for yet."""
+        scheduler.on_evicted, scheduler.on_seated = self._leave, self._return
+
+    @property
+    def layout(self) -> str:
+        """What engines must have in common to exchange KV."""
+        first = next(iter(self.cache.layers.values()))[0]
+        shapes = {(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in self.cache.layers.values()}
+        return f"{first.dtype} {len(self.cache.layers)} layers of {sorted(shapes)}"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV of one token."""
+        return sum(tensor[0, :, 0].nbytes for tensor in self._tensors())
+
+    # ------------------------------------------------------------------------------------------- the side that prefills
+
+    def computed(self, session: str) -> int | None:
+        """How many tokens of a session have their KV here; None when the session is not here."""
+        slot = self.table.slot_of.get(session)
+        return None if slot is None else int(self.table.kv_length[slot])
+
+    def oldest(self, session: str) -> int:
+        """The oldest version that computed any of the session's KV."""
+        return int(self.table.kv_oldest[self.table.slot_of[session]])
+
+    def hold(self, session: str) -> None:
+        """Keep an idle session from leaving its slot until `settle`."""
+        self.table.idle.pop(self.table.slot_of.get(session, -1), None)
+
+    @torch.inference_mode()
+    def copy_out(self, session: str, start: int, end: int, into: Tensor) -> None:
+        """Copy the KV of tokens ``start .. end`` into ``into``, uint8 ``[(end - start) * token_bytes]`` in host memory."""
+        slot, at = self.table.slot_of[session], 0
+        for tensor in self._tensors():
+            part = tensor[slot, :, start:end]
+            size = part.numel() * part.element_size()
+            into[at : at + size].view(part.dtype).view(part.shape).copy_(part)
+            at += size
+
+    # -------------------------------------------------------------------------------------------- the side that decodes
+
+    def expect(self, session: str, prompt: Tokens, pin: int | None, max_tokens: int) -> int | Reason:
+        """Make room for the KV of ``prompt``. Returns how many of its tokens have theirs here, or why there is no room."""
+        if self.scheduler.busy(session):
+            return Reason.BUSY
+        if len(prompt) + max_tokens > self.table.max_len:
+            return Reason.NO_ROOM
+        weights = SERVED if pin is None else pin
+        slot = self.scheduler.seat(session)
+        if slot is not None:
+            have = self.table.expect(slot, prompt, weights, max_tokens)
+        else:
+            room = self._expect_parked(session, prompt, weights, max_tokens)
+            if room is None:
+                return Reason.NO_ROOM
+            have = room
+        self._expected.add(session)
+        return have
+
+    @torch.inference_mode()
+    def copy_in(self, session: str, start: int, end: int, piece: Tensor, oldest: int) -> bool:
+        """Take the KV of tokens ``start .. end``. False when what is before them is not here any more."""
+        if session not in self._expected:
+            return False
+        slot = self.table.slot_of.get(session)
+        if slot is None:
+            return self._copy_in_parked(session, start, end, piece, oldest)
+        table = self.table
+        if table.kv_length[slot] != start:
+            return False
+        self._scatter([tensor[slot] for tensor in self._tensors()], start, end, piece)
+        table.kv_oldest[slot] = oldest if start == 0 else min(oldest, int(table.kv_oldest[slot]))
+        table.kv_length[slot] = end
+        table.received[slot] += end - start
+        return True
+
+    def settle(self, session: str) -> None:
+        """What was expected or held is here (as far as it came): an ordinary idle session from now on."""
+        self._expected.discard(session)
+        slot = self.table.slot_of.get(session)
+        if slot is not None:
+            self.table.rest(slot)
+        self.park.hold(session, held=False)
+
+    # ------------------------------------------------------------------------------------------------------- the engine
+
+    def released(self, session: str) -> None:
+        """The session is over."""
+        self._expected.discard(session)
+        self.park.drop(session)
+
+    def committed(self, version: int, policy: KvPolicy) -> None:
+        """A weight update: what was parked goes as idle slots do, and what was expected and lost its KV is refused."""
+        if policy is KvPolicy.KEEP:
+            return
+
+        def stale(kv: ParkedKv) -> bool:
+            if kv.pin != SERVED:
+                return False
+            recompute = policy is KvPolicy.RECOMPUTE
+            return recompute or bool(worth_recomputing(kv.kv_length, kv.remaining, version - kv.oldest))
+
+        self.park.drop_where(stale)
+        for session in list(self._expected):
+            slot = self.table.slot_of.get(session)
+            parked = self.park.look(session)
+            pin = self.table.pin[slot] if slot is not None else parked.pin if parked is not None else SERVED
+            length = self.table.kv_length[slot] if slot is not None else parked.kv_length if parked is not None else 0
+            if pin == SERVED and length == 0:
+                self._expected.discard(session)
+
+    def drop_all(self) -> None:
+        """Forget all KV that is not in a slot, and what is on its way."""
+        self._expected.clear()
+        self.park.drop_where(lambda kv: True)
+
+    # -------------------------------------------------------------------------------------------------------- internals
+
+    def _tensors(self) -> list[Tensor]:
+        """``[S, G, L, D]``: keys and values of each layer in order."""
+        return [tensor for _, pair in sorted(self.cache.layers.items()) for tensor in pair]
+
+    @staticmethod
+    def _scatter(tensors: list[Tensor], start: int, end: int, piece: Tensor) -> None:
+        """Copy a piece into ``tensors``, each ``[G, L, D]``."""
+        at = 0
+        for tensor in tensors:
+            part = tensor[:, start:end]
+            size = part.numel() * part.element_size()
+            part.copy_(piece[at : at + size].view(part.dtype).view(part.shape))
+            at += size
+
+    @torch.inference_mode()
+    def _leave(self, slot: int) -> None:
+        """Park the session of a slot that is about to be freed."""
+        table = self.table
+        session, length = table.session[slot], int(table.kv_length[slot])
+        nbytes = length * self.token_bytes if self.park.budget else 0
+        if session is None or not nbytes or not self.park.fits(nbytes, instead_of=session):
+            return
+        kv = ParkedKv(
+            tokens=table.tokens[slot, : table.length[slot]].copy(),
+            kv_length=length,
+            oldest=int(table.kv_oldest[slot]),
+            pin=int(table.pin[slot]),
+            remaining=max(1, int(table.limit[slot] - table.length[slot])),
+            received=int(table.received[slot]),
+            tensors=[tensor[slot, :, :length].to("cpu", copy=True) for tensor in self._tensors()],
+        )
+        self.park.park(session, kv, nbytes)
+
+    @torch.inference_mode()
+    def _return(self, slot: int) -> None:
+        """Bring what is parked of a slot's session into the slot."""
+        table = self.table
+        session = table.session[slot]
+        kv = self.park.take(session) if session is not None else None
+        if kv is None:
+            return
+        table.tokens[slot, : len(kv.tokens)] = kv.tokens
+        table.length[slot] = len(kv.tokens)
+        table.kv_length[slot] = kv.kv_length
+        table.kv_oldest[slot] = kv.oldest
+        table.pin[slot] = kv.pin
+        table.limit[slot] = len(kv.tokens) + kv.remaining
+        table.received[slot] = kv.received
+        for tensor, parked in zip(self._tensors(), kv.tensors, strict=True):
+            tensor[slot, :, : kv.kv_length].copy_(parked[:, : kv.kv_length])
+
+    @torch.inference_mode()
+    def _expect_parked(self, session: str, prompt: Tokens, pin: int, max_tokens: int) -> int | None:
+        """A place in the park for KV that is on its way while no slot is free."""
+        nbytes = len(prompt) * self.token_bytes
+        if not self.park.fits(nbytes, instead_of=session):
+            return None
+        before = self.park.look(session)
+        have = before.shared(prompt) if before is not None and before.pin == pin else 0
+        tensors = [
+            torch.empty(tensor.shape[1], len(prompt), tensor.shape[3], dtype=tensor.dtype) for tensor in self._tensors()
+        ]
+        if before is not None and have:
+            for tensor, old in zip(tensors, before.tensors, strict=True):
+                tensor[:, :have].copy_(old[:, :have])
+        oldest = before.oldest if before is not None else 0
+        kv = ParkedKv(prompt.copy(), have, oldest, pin, max_tokens, 0, tensors)
+        return have if self.park.park(session, kv, nbytes, held=True) else None
+
+    def _copy_in_parked(self, session: str, start: int, end: int, piece: Tensor, oldest: int) -> bool:
+        kv = self.park.look(session)
+        if kv is None or kv.kv_length != start:
+            return False
+        self._scatter(kv.tensors, start, end, piece)
+        kv.oldest = oldest if start == 0 else min(oldest, kv.oldest)
+        kv.kv_length = end
+        kv.received += end - start
+        return True
