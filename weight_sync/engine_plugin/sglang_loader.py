@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from weight_sync.engine_plugin.checkpoint import Shapes, checkpoint_shapes, misfit, tied
-from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
 from weight_sync.engine_plugin.sglang_messages import (
     MODEL_PATH,
     Command,
@@ -28,6 +27,7 @@ from weight_sync.engine_plugin.sglang_messages import (
     encode_state,
     is_command,
 )
+from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
 from weight_sync.errors import WeightTransferError
 from weight_sync.transports.protocol import decode_offer
 
@@ -52,7 +52,7 @@ class SchedulerPlugin:
                 self._shadow.take(command.version)
             elif command.kind != "state":
                 return PluginState(error=f"{command.kind} cannot be asked for here")
-        except Exception as error:  # noqa: BLE001 - an exception would end the server
+        except Exception as error:
             logger.warning("%s of weights refused", command.kind, exc_info=True)
             return PluginState(version=command.version, error=str(error))
         return self._state()
