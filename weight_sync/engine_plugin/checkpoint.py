@@ -23,8 +23,11 @@ def checkpoint_shapes(directory: str | Path) -> Shapes | None:
 
     Only the headers are read. Raises WeightTransferError for a file that is no safetensors file.
     """
+    folder = Path(directory)
+    # A directory may hold the same weights a second time, in one file and under other names.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     shapes: Shapes = {}
-    for file in sorted(Path(directory).glob("*.safetensors")):
+    for file in files:
         shapes |= _shapes(file)
     return shapes or None
 

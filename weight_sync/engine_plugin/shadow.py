@@ -118,7 +118,7 @@ class Shadow:
                 return
             version = self._fetcher(member, device).fetch(offer, lambda name, tensor: self._keep(names, name, tensor))
             state = StageState(Phase.READY, version)
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the stage has failed and says why
+        except Exception as error:
             logger.warning("staging failed", exc_info=True)
             state = StageState(Phase.FAILED, decode_offer(offer).manifest.version, f"{type(error).__name__}: {error}")
         with self._lock:

@@ -199,7 +199,7 @@ def _answer(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``act`` returns, or its error: an exception that leaves a worker's method may end the whole server."""
     try:
         return {"ok": True, **act()}
-    except Exception as error:  # noqa: BLE001 - told to the caller, who decides
+    except Exception as error:
         logger.warning("a call of Millrace failed", exc_info=True)
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 

@@ -1,0 +1,1 @@
+"""The vLLM engine: a server of its own, driven over HTTP."""
