@@ -63,6 +63,10 @@ class SchedulerPlugin:
         with torch.no_grad():
             self._model.load_weights(tensors)
 
+    def close(self) -> None:
+        """Let go of mapped files and process groups."""
+        self._shadow.close()
+
     def _stage(self, command: Command) -> None:
         manifest = decode_offer(command.offer).manifest
         reason = misfit(manifest, self._expected, self._head_is_tied) if self._expected is not None else None
