@@ -24,9 +24,8 @@ from pathlib import Path
 from experience.accounting import Account, Cause
 from experience.books import clock, process_books
 from experience.wire import decode, encode
-from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.config import EnginesConfig
-from rollout_workers.engines.protocol import EngineHealth, KvPolicy, PauseMode
+from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerCounters
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, join_server, start_server
 from rollout_workers.engines.servers.environment import ROOT, check_environment, interpreter_of
@@ -41,8 +40,10 @@ from rollout_workers.engines.servers.errors import (
 )
 from rollout_workers.engines.servers.flights import choose_kv
 from rollout_workers.engines.servers.http import ServerConnection
+from rollout_workers.engines.servers.process import free_port
 from rollout_workers.engines.servers.registry import make_adapter, server_settings
 from rollout_workers.engines.servers.traffic import Traffic
+from rollout_workers.submission import SubmitBatch
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class ServerEngineActor:
         Raises EnvironmentUnfit or ServerNotStarted; both name the cause in their first line.
         """
         settings = self._settings
+        self._adapter = make_adapter(self._config, model_path)
         times = ServerTimes(settings.startup_timeout_s, settings.request_timeout_s)
         if settings.urls:
             url = settings.urls[self._index % len(settings.urls)]
@@ -127,11 +129,12 @@ class ServerEngineActor:
                 stream_every=config.stream_every,
                 threads=threads or config.threads,
                 role=self._role,
+                kv_port=0 if self._role == "mixed" else free_port(HOST),
                 python=str(python),
                 plugin_path=str(ROOT),
             )
 
-        return await start_server(self._adapter, launch_at, self._settings.env, self._log, times)
+        return await start_server(self._adapter, launch_at, self._log, times)
 
     async def _adopt(self, server: Server, version: int) -> None:
         """Have the server name its weights ``version``; one that holds what another run gave it is refused."""
@@ -158,12 +161,18 @@ class ServerEngineActor:
         assert self._loaded is not None, "load() comes first"
         return self._loaded[0].connection
 
-    async def submit(self, batch: bytes) -> None:
+    async def submit(self, batch: bytes) -> bytes:
         """Take a batch of requests and aborts from one client (servers free by themselves what nobody uses).
 
-        Raises what the server died of.
+        Returns an encoded `EngineLoad`. Raises what the server died of.
         """
-        self._traffic.submit(decode(batch, SubmitBatch))
+        submitted = decode(batch, SubmitBatch)
+        self._traffic.submit(submitted)
+        return encode(self._traffic.clients.load(submitted.client, self._health()))
+
+    async def forget_client(self, client: str) -> None:
+        """A client is gone: its requests end."""
+        self._traffic.forget(client)
 
     async def collect(self, client: str) -> bytes:
         """The chunks made for ``client`` since the last call; see `Traffic.collect`."""
@@ -248,21 +257,24 @@ class ServerEngineActor:
             if self._silent_s > self._settings.request_timeout_s:
                 raise ServerSilent(f"{self._adapter.name} has answered nothing for {self._silent_s:.0f} s") from error
             logger.debug("the server did not give its figures: %s", error)
-        counters = self._counters
-        return encode(
-            EngineHealth(
-                version=traffic.version,
-                running=counters.running,
-                waiting=max(counters.waiting, len(traffic.flights) - counters.running),
-                sessions=len({flight.request.session_id for flight in traffic.flights.values()}),
-                kv_used=counters.kv_used,
-                paused=self._paused,
-                generated_tokens=counters.generated_tokens,
-                prefill_tokens=counters.prefill_tokens,
-                cached_tokens=counters.cached_tokens,
-                evicted_sessions=counters.preemptions,
-                stall_s=self._stall_s,
-            )
+        return encode(self._health())
+
+    def _health(self) -> EngineHealth:
+        """With the server's figures as last read."""
+        counters, traffic = self._counters, self._traffic
+        return EngineHealth(
+            version=traffic.version,
+            role=EngineRole(self._role),
+            running=counters.running,
+            waiting=counters.waiting,
+            sessions=len({flight.request.session_id for flight in traffic.flights.values()}),
+            kv_used=counters.kv_used,
+            paused=self._paused,
+            generated_tokens=counters.generated_tokens,
+            prefill_tokens=counters.prefill_tokens,
+            cached_tokens=counters.cached_tokens,
+            evicted_sessions=counters.preemptions,
+            stall_s=self._stall_s,
         )
 
     async def first_token_at(self) -> float | None:

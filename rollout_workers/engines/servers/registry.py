@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout_workers.engines.servers.adapter import ServerAdapter
@@ -15,12 +16,13 @@ SERVER_KINDS = ("vllm", "sglang")
 """Engines that are servers in processes of their own."""
 
 
-def make_adapter(config: EnginesConfig) -> ServerAdapter:
-    """The adapter for ``config.kind``."""
+def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) -> ServerAdapter:
+    """The adapter for ``config.kind``; with ``model_path`` it knows the model's tokenizer, where it needs one."""
     if config.kind == "vllm":
         from rollout_workers.engines.vllm.adapter import VllmAdapter
+        from rollout_workers.engines.vllm.stops import tokenizer_of
 
-        return VllmAdapter(config.vllm)
+        return VllmAdapter(config.vllm, tokenizer_of(model_path))
     if config.kind == "sglang":
         from rollout_workers.engines.sglang.adapter import SglangAdapter
 

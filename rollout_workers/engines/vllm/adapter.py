@@ -84,9 +84,11 @@ class VllmAdapter:
         return [begin, dataclasses.replace(self._call(STAGED), poll_s=POLL_S)]
 
     def commit(self, version: int, kv: KvPolicy) -> list[Call]:
-        """With KV kept, what the prefix cache holds of older versions has another salt (`generate`) and ages out."""
-        forget = [self._forget_kv()] if kv is not KvPolicy.KEEP else []
-        return [self._call(COMMIT, str(version)), *forget, self._name_version(version)]
+        """KV to be computed again was dropped by the pause (`PauseMode.KEEP_REQUESTS`).
+
+        What the prefix cache holds of older versions has another salt (`generate`) and ages out.
+        """
+        return [self._call(COMMIT, str(version)), self._name_version(version)]
 
     def boundaries(self, call: Call, body: bytes) -> dict[str, int]:
         if not _is_call(call, COMMIT):

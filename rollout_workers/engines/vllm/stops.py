@@ -7,6 +7,7 @@ tokens are kept as sampled, the last one included.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,3 +50,13 @@ class Stops:
             if self.completed_by(tokens[:size]) is not None:
                 return size
         return None
+
+
+def tokenizer_of(model_path: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of a model directory; None where there is none."""
+    file = Path(model_path) / "tokenizer.json" if model_path is not None else None
+    if file is None or not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
