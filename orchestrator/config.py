@@ -266,6 +266,7 @@ def _validate_scales(config: Config) -> None:
 def _validate_deterministic(config: Config) -> None:
     needed = {"mode": (config.mode, "sync"), "rollout.workers": (config.rollout.workers, 1)}
     needed["engines.replicas"] = (config.engines.replicas, 1)
+    needed["engines.kind"] = (config.engines.kind, "torch")
     needed["engines.prefill"] = (config.engines.prefill, 0)
     wrong = [f"{key}={wanted} (is {value})" for key, (value, wanted) in needed.items() if value != wanted]
     if wrong:

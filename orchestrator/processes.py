@@ -18,6 +18,7 @@ from orchestrator.actor_shell import Identity, logged
 from orchestrator.config import Config
 from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory
+from rollout_workers.engines.config import SERVERS
 
 MAX_CALLS = 1000
 """Calls that one actor may have open at once (waiting ones included)."""
@@ -62,12 +63,21 @@ class Processes:
         return self._actor(RewardActor, "reward", index, attempt, 0, list(self.config.rewards), index)
 
     def engine(self, index: int, attempt: int) -> Any:
+        if self.config.engines.kind in SERVERS:
+            return self._server_engine(index, attempt)
         from rollout_workers.engines.actor import EngineActor
 
         gpus = self.resources.engine_gpus
         return self._actor(
             EngineActor, "engine", index, attempt, gpus, engine_name(index, attempt), self.config.engines
         )
+
+    def _server_engine(self, index: int, attempt: int) -> Any:
+        from rollout_workers.engines.servers.actor import ServerEngineActor
+
+        gpus, name = self.resources.engine_gpus, engine_name(index, attempt)
+        settings = (name, self.config.engines, str(self.run.logs), index)
+        return self._actor(ServerEngineActor, "engine", index, attempt, gpus, *settings)
 
     def worker(self, index: int, attempt: int) -> Any:
         from rollout_workers.actor import RolloutWorkerActor, WorkerSettings

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional  # noqa: UP035  (OmegaConf reads these annotations)
+from typing import Optional
 
 from rollout_workers.disaggregation.config import HandoffConfig
+from rollout_workers.disaggregation.roles import RolePolicy
 from rollout_workers.engines.protocol import EngineRole
+from rollout_workers.engines.sglang.config import SglangConfig
 from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
+from rollout_workers.engines.vllm.config import VllmConfig
 
 KINDS = ("torch", "vllm", "sglang", "synthetic")
-BUILT = ("torch", "synthetic")
+SERVERS = ("vllm", "sglang")
+"""Engines that are servers in processes of their own."""
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -27,6 +31,8 @@ class EnginesConfig:
     roles: str = "fixed"
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     """How keys and values get from prefill to decode engines."""
+    role_policy: RolePolicy = field(default_factory=RolePolicy)
+    """When engines change their roles (``roles: auto``)."""
     park_mb: int = 0
     """Host memory (MiB an engine) for the KV of sessions between turns that have to leave their slot; 0: it is dropped."""
     slots: int = 160
@@ -44,8 +50,10 @@ class EnginesConfig:
     """Data type of weights and KV; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
     trace: bool = True
     """On a CPU, replay a trace of the model's forward pass (dense architectures) instead of running its Python."""
-    args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
-    """Passed through to engines that are servers of their own (vllm, sglang)."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """How ``kind: vllm`` starts its servers, or where they are."""
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    """The same for ``kind: sglang``."""
     synthetic: SyntheticEngineConfig = field(default_factory=SyntheticEngineConfig)
     """What ``kind: synthetic`` models."""
 
@@ -71,20 +79,32 @@ class EnginesConfig:
         _one_of("engines.device", self.device, DEVICES)
         _one_of("engines.dtype", self.dtype, DTYPES)
         _one_of("engines.roles", self.roles, ("fixed", "auto"))
-        if self.kind not in BUILT:
-            raise ValueError(f"engines.kind={self.kind} is not built yet; use one of {', '.join(BUILT)}")
         self._validate_split()
         for name in ("replicas", "slots", "prefill_tokens", "stream_every"):
             _at_least(f"engines.{name}", getattr(self, name), 1)
         _at_least("engines.max_len", self.max_len, 2)
         if self.threads is not None:
             _at_least("engines.threads", self.threads, 1)
-        if self.args:
-            raise ValueError(
-                f"engines.args={self.args}: the {self.kind} engine takes no further arguments; remove them"
-            )
         if self.kind == "synthetic":
             self._validate_synthetic()
+        if self.kind in SERVERS:
+            self._validate_server()
+
+    def _validate_server(self) -> None:
+        settings = self.vllm if self.kind == "vllm" else self.sglang
+        settings.validate()
+        if settings.urls and len(settings.urls) != self.count:
+            raise ValueError(
+                f"engines.{self.kind}.urls names {len(settings.urls)} servers for {self.count} engines: give one for each, or "
+                f"set engines.replicas={len(settings.urls)}"
+            )
+        if settings.urls and len(set(settings.urls)) < len(settings.urls):
+            raise ValueError(f"engines.{self.kind}.urls names a server twice: each engine needs one of its own")
+        if self.split:
+            raise ValueError(
+                f"engines.prefill={self.prefill}, engines.decode={self.decode}: runs split prefill and decode of the kinds "
+                f"torch and synthetic; set both to 0 for {self.kind}, and choose engines.replicas"
+            )
 
     def _validate_split(self) -> None:
         counts = f"engines.prefill={self.prefill}, engines.decode={self.decode}"
@@ -99,6 +119,7 @@ class EnginesConfig:
             raise ValueError(f"engines.roles=auto changes the roles of a split, and {counts}: set both to at least 1")
         _at_least("engines.park_mb", self.park_mb, 0)
         self.handoff.validate()
+        self.role_policy.validate()
 
     def _validate_synthetic(self) -> None:
         synthetic = self.synthetic

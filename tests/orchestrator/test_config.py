@@ -75,6 +75,7 @@ def test_unknown_mode_suggests_the_nearest() -> None:
         (["run.deterministic=true"], ["run.deterministic", "mode=sync"]),
         (["run.deterministic=true", "mode=sync", "rollout.workers=2"], ["rollout.workers=1 (is 2)"]),
         (["run.deterministic=true", "mode=sync", "engines.replicas=3"], ["engines.replicas=1 (is 3)"]),
+        (["run.deterministic=true", "mode=sync", "engines.kind=vllm"], ["engines.kind=torch (is vllm)"]),
         (["rollout.concurrency=4"], ["rollout.concurrency", "rollout.group_size"]),
         (["queue.min_size=9"], ["queue.min_size", "rollout.group_size"]),
         (["engines.max_len=64"], ["rollout.max_episode_tokens", "engines.max_len"]),

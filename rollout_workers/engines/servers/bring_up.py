@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,6 @@ class Server:
 async def start_server(
     adapter: ServerAdapter,
     launch_at: Callable[[int], Launch],
-    environment: Mapping[str, str],
     log: Path,
     times: ServerTimes,
     choose_port: Callable[[str], int] = free_port,
@@ -66,7 +65,7 @@ async def start_server(
     while True:
         port = choose_port(host)
         launch = launch_at(port)
-        server = await _start_at(adapter, launch, environment, log, times)
+        server = await _start_at(adapter, launch, log, times)
         try:
             await _until_ready(adapter, server, times.startup_timeout_s)
             await _identify(adapter, server.connection, launch.max_len)
@@ -100,12 +99,10 @@ async def join_server(adapter: ServerAdapter, url: str, max_len: int, times: Ser
     return server
 
 
-async def _start_at(
-    adapter: ServerAdapter, launch: Launch, environment: Mapping[str, str], log: Path, times: ServerTimes
-) -> Server:
+async def _start_at(adapter: ServerAdapter, launch: Launch, log: Path, times: ServerTimes) -> Server:
     command = adapter.command(launch)
     logger.info("starting %s on port %d: %s (its output: %s)", adapter.name, launch.port, " ".join(command), log)
-    process = await ServerProcess.start(command, {**adapter.environment(launch), **environment}, log)
+    process = await ServerProcess.start(command, adapter.environment(launch), log)
     connection = ServerConnection(f"http://{launch.host}:{launch.port}", times.request_timeout_s)
     return Server(connection, process)
 

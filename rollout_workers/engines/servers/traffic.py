@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from experience.wire import encode
-from rollout_workers.engine_client import SubmitBatch
+from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers.adapter import ServerAdapter
 from rollout_workers.engines.servers.errors import (
@@ -23,6 +23,7 @@ from rollout_workers.engines.servers.errors import (
 )
 from rollout_workers.engines.servers.flights import Flight, Patience, Verdict, delay_before
 from rollout_workers.engines.servers.http import ServerConnection, beginning
+from rollout_workers.submission import SubmitBatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Traffic:
         self._timeout_s = request_timeout_s
         self._on_change = on_change
         self.flights: dict[str, Flight] = {}
+        self.clients = ClientBook()
         self.first_token_at: float | None = None
         """Wall-clock time of the first sampled token, if there was one."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -93,10 +95,19 @@ class Traffic:
     def submit(self, batch: SubmitBatch) -> None:
         """Take a batch of requests and aborts from one client. Raises what the server died of."""
         self.raise_if_failed()
+        self.clients.took(batch)
         for request_id in batch.aborts:
             self._abort(request_id)
         for request in batch.requests:
             self._submit(batch.client, request)
+
+    def forget(self, client: str) -> None:
+        """A client is gone: its requests end, and nothing is kept for it."""
+        requests, _ = self.clients.forget(client)
+        for request_id in requests:
+            self._abort(request_id)
+        self._outbox.pop(client, None)
+        self._ready.pop(client, None)
 
     def _submit(self, client: str, request: GenerateRequest) -> None:
         if request.request_id in self.flights:
@@ -145,6 +156,7 @@ class Traffic:
         """The request's task is over, in whichever way (it may have been cancelled before it began)."""
         self.flights.pop(flight.request_id, None)
         self._tasks.pop(flight.request_id, None)
+        self.clients.ended(flight.request_id)
         if task.cancelled():
             if flight.aborted:
                 self._deliver(flight.client, [flight.end(FinishReason.ABORT)])

@@ -9,7 +9,9 @@ from engine_helpers import SHAPE, make_engine, make_model, request, run_all
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.sglang.config import SglangConfig
 from rollout_workers.engines.torch_engine import ModelError, build_engine, load_model
+from rollout_workers.engines.vllm.config import VllmConfig
 
 
 def test_a_directory_is_loaded_and_generates_as_its_model_does(model_directory: Path) -> None:
@@ -90,7 +92,10 @@ def test_a_gpu_that_is_not_there_is_named(model_directory: Path) -> None:
     ("settings", "says"),
     [
         ({"kind": "vlm"}, "must be one of torch, vllm"),
-        ({"kind": "vllm"}, "not built yet"),
+        ({"kind": "vllm", "prefill": 1, "decode": 1}, "of the kinds torch and synthetic"),
+        ({"kind": "vllm", "vllm": VllmConfig(urls=["http://a:1"]), "replicas": 2}, "names 1 servers for 2 engines"),
+        ({"kind": "sglang", "sglang": SglangConfig(urls=["http://a:1"] * 2), "replicas": 2}, "names a server twice"),
+        ({"kind": "sglang", "sglang": SglangConfig(args={"model_path": "x"})}, "set model.path"),
         ({"prefill": 1}, "set both to at least 1"),
         ({"prefill": 1, "decode": 1, "replicas": 2}, "leave engines.replicas at 1"),
         ({"roles": "auto"}, "changes the roles of a split"),
@@ -99,7 +104,6 @@ def test_a_gpu_that_is_not_there_is_named(model_directory: Path) -> None:
         ({"threads": 0}, "engines.threads=0"),
         ({"dtype": "int8"}, "engines.dtype=int8"),
         ({"device": "tpu"}, "engines.device=tpu"),
-        ({"args": {"x": 1}}, "takes no further arguments"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, object], says: str) -> None:
