@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,8 +160,7 @@ def test_what_does_not_fit_is_refused_before_a_byte_moves(
     change(named)
     refused = ask(model, Command(kind="stage", offer=sender.prepare(4, named.items()), member="e0"))
     assert not refused.staging
-    with pytest.raises(AssertionError, match=says):
-        assert not refused.error, refused.error
+    assert re.search(says, refused.error)
     assert ask(model, Command(kind="expect", version=4)).error
     with pytest.raises(WeightTransferError, match="version 4 is not staged"):
         hook(model, Command(kind="commit", version=4))
