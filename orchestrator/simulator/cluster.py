@@ -8,6 +8,8 @@ from typing import Any
 
 from orchestrator.bound import Calibration, split_of
 from orchestrator.config import Config, ConfigError, resolve_mode, validate
+from rollout_workers.disaggregation.roles import RolePolicy
+from rollout_workers.engines.protocol import EngineRole
 from rollout_workers.engines.synthetic.cost_model import CostModel
 
 
@@ -27,6 +29,12 @@ class Cluster:
     token_scale: float
     time_shared: bool
     """Rollout and training take turns on the same accelerators."""
+    roles: tuple[EngineRole, ...] = ()
+    """Of each replica, where prefill and decode are split."""
+    local_tokens: int = 0
+    """An engine that decodes computes prompts with no more new tokens itself (split)."""
+    role_policy: RolePolicy | None = None
+    """Roles flip by load; None: they stay."""
 
     @classmethod
     def of(cls, config: Config) -> Cluster:
@@ -37,8 +45,9 @@ class Cluster:
         """
         require_synthetic(config)
         engine, learner = config.engines.synthetic, config.learner.synthetic
+        roles = tuple(config.engines.role_of(index) for index in range(config.engines.count))
         return cls(
-            replicas=config.engines.replicas,
+            replicas=config.engines.count,
             accelerators=engine.accelerators,
             cost=CostModel.from_config(dataclasses.replace(engine, time_scale=1.0)),
             learner_accelerators=learner.accelerators,
@@ -47,6 +56,9 @@ class Cluster:
             switch_s=learner.switch_s if config.mode == "sync" else 0.0,
             token_scale=engine.token_scale,
             time_shared=config.mode == "sync",
+            roles=roles if config.engines.split else (),
+            local_tokens=config.engines.handoff.min_tokens,
+            role_policy=config.engines.role_policy if config.engines.roles == "auto" else None,
         )
 
     @property
@@ -76,7 +88,7 @@ def require_synthetic(config: Config) -> None:
 
 def total_accelerators(config: Config) -> int:
     """All accelerators of a synthetic configuration; in ``mode: sync`` engines and learner share them."""
-    rollout = config.engines.replicas * config.engines.synthetic.accelerators
+    rollout = config.engines.count * config.engines.synthetic.accelerators
     return rollout if config.mode == "sync" else rollout + config.learner.synthetic.accelerators
 
 
@@ -91,6 +103,11 @@ def in_mode(config: Config, mode: str, calibration: Calibration) -> Config:
     """
     if mode == config.mode:
         return config
+    if config.engines.split:
+        raise ConfigError(
+            f"engines.prefill={config.engines.prefill}, engines.decode={config.engines.decode}: a split is simulated in the "
+            f"mode of its configuration ({config.mode}), not in {mode}; set `mode` and choose both counts for it"
+        )
     values: dict[str, Any] = {}
     total, replicas = total_accelerators(config), config.engines.replicas
     episodes = config.rollout.groups_per_update * config.rollout.group_size

@@ -10,6 +10,7 @@ from orchestrator.simulator.cluster import Cluster
 from orchestrator.simulator.entries import Segments, merge
 from orchestrator.simulator.events import EventLoop
 from rollout_workers.engines.synthetic.accelerator import Accelerator, Completion
+from rollout_workers.engines.synthetic.recorder import Recorder
 from rollout_workers.router import Router
 
 Done = Callable[[Segments], None]
@@ -17,7 +18,9 @@ Done = Callable[[Segments], None]
 
 
 @dataclass(slots=True)
-class _Request:
+class PendingRequest:
+    """A request in flight, and where."""
+
     id: str
     session: str
     prompt: int
@@ -29,11 +32,11 @@ class _Request:
     """Of engines that were lost meanwhile."""
 
 
-class _Replica:
+class Replica:
     """One engine actor: accelerators behind a router of their own."""
 
-    def __init__(self, cluster: Cluster, version: int, now: float) -> None:
-        self.units = [Accelerator(cluster.cost, version, now) for _ in range(cluster.accelerators)]
+    def __init__(self, cluster: Cluster, version: int, now: float, recorder: Recorder | None) -> None:
+        self.units = [Accelerator(cluster.cost, version, now, recorder=recorder) for _ in range(cluster.accelerators)]
         self.router = Router()
         for index in range(cluster.accelerators):
             self.router.add(str(index))
@@ -44,12 +47,16 @@ class _Replica:
 class Engines:
     """All engine replicas, as a rollout worker sees them. ``on_busy`` hears how many accelerators have work, at each change."""
 
-    def __init__(self, cluster: Cluster, loop: EventLoop, on_busy: Callable[[int], None]) -> None:
+    def __init__(
+        self, cluster: Cluster, loop: EventLoop, on_busy: Callable[[int], None], recorder: Recorder | None = None
+    ) -> None:
         self._cluster, self._loop, self._on_busy = cluster, loop, on_busy
+        self.recorder = recorder
+        """Hears of times to tokens, and of KV."""
         self._router = Router()
-        self._replicas: dict[str, _Replica] = {}
-        self._requests: dict[str, _Request] = {}
-        self._homeless: list[_Request] = []
+        self._replicas: dict[str, Replica] = {}
+        self._requests: dict[str, PendingRequest] = {}
+        self._homeless: list[PendingRequest] = []
         self._busy = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -68,7 +75,7 @@ class Engines:
 
     def join(self, name: str, version: int) -> None:
         """An engine that holds ``version`` takes requests from now on."""
-        self._replicas[name] = _Replica(self._cluster, version, self._loop.now)
+        self._replicas[name] = Replica(self._cluster, version, self._loop.now, self.recorder)
         self._router.add(name)
         waiting, self._homeless = self._homeless, []
         for request in waiting:
@@ -94,7 +101,7 @@ class Engines:
 
     def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done) -> None:
         """Start a request; ``done`` hears of its end."""
-        request = _Request(request_id, session, prompt, output, done)
+        request = PendingRequest(request_id, session, prompt, output, done)
         self._requests[request_id] = request
         self._route(request)
 
@@ -135,14 +142,14 @@ class Engines:
                 total[cause] = total.get(cause, 0.0) + seconds
         return total
 
-    def _seconds_of(self, replica: _Replica) -> dict[Cause, float]:
+    def _seconds_of(self, replica: Replica) -> dict[Cause, float]:
         total: dict[Cause, float] = {}
         for unit in replica.units:
             for cause, seconds in unit.seconds(self._loop.now).items():
                 total[cause] = total.get(cause, 0.0) + seconds
         return total
 
-    def _route(self, request: _Request) -> None:
+    def _route(self, request: PendingRequest) -> None:
         made = sum(tokens for _, tokens in request.segments)
         name = self._router.choose(request.session)
         if name is None:
@@ -172,7 +179,7 @@ class Engines:
             if at is not None:
                 self._loop.at(at, lambda: self._due(replica, name, index, at))
 
-    def _due(self, replica: _Replica, name: str, index: int, at: float) -> None:
+    def _due(self, replica: Replica, name: str, index: int, at: float) -> None:
         if self._replicas.get(name) is not replica or replica.armed[index] != at:
             return
         replica.armed[index] = None

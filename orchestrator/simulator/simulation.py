@@ -25,6 +25,8 @@ from orchestrator.simulator.learner import Learner, LearnerSettings, Phase
 from orchestrator.simulator.mean_field import MeanFieldRollout
 from orchestrator.simulator.publishing import Publisher
 from orchestrator.simulator.rollout import RolloutLimits, RolloutWorkers
+from orchestrator.simulator.split_engines import SplitEngines
+from rollout_workers.engines.synthetic.recorder import Recorder
 
 CONSUMER = "learner"
 
@@ -43,6 +45,8 @@ class SimulationOptions:
     """Modelled seconds until a lost engine is replaced."""
     mean_field: bool = False
     """Aggregate accelerators and turns (see `mean_field`): for tens of thousands of episodes."""
+    record: bool = False
+    """Keep times to tokens and KV in use, as they stand after each step, in `Simulation.recorded`."""
 
 
 class Simulation:
@@ -86,13 +90,15 @@ class Simulation:
         self._offering = False
         self.states: list[Accounts] = []
         """The accounts at the beginning and after each step."""
+        self.recorded: list[Recorder] = []
+        """The recorder of the engines (of those that decode, in a split) at the same moments, with ``record``."""
 
     def run(self) -> None:
         """To the last step. Raises SimulationStalled when nothing more can happen before that."""
         for index in range(self.cluster.replicas):
             self.publisher.join(f"engine-{index}.0", 0)
         self._plan_losses()
-        self.states.append(self.snapshot())
+        self._keep_state()
         self.pump()
         self.learner.start()
         self.loop.run(lambda: self.learner.phase is Phase.FINISHED, self._waits_for)
@@ -110,6 +116,11 @@ class Simulation:
         learners = 0 if self.cluster.time_shared else self.cluster.learner_accelerators
         accounts.learner = {cause: seconds * learners for cause, seconds in self.idle.learner.items()}
         return copy.deepcopy(accounts)
+
+    def _keep_state(self) -> None:
+        self.states.append(self.snapshot())
+        if self.options.record and isinstance(self.engines, Engines) and self.engines.recorder is not None:
+            self.recorded.append(self.engines.recorder.copy())
 
     # Dispatch
 
@@ -206,7 +217,7 @@ class Simulation:
     def ack(self, group_ids: list[str], step: int, trained: int, masked: int) -> None:
         self.queue.ack(group_ids, step=step, trained_tokens=trained, masked_tokens=masked)
         self.queue.commit(step)
-        self.states.append(self.snapshot())
+        self._keep_state()
         self._changed()
 
     def publish(self, version: int) -> None:
@@ -253,7 +264,8 @@ class Simulation:
         if self.options.mean_field:
             pool = MeanFieldRollout(cluster, self._limits(), len(workers), loop, self, idle.busy, idle.settle)
             return pool, pool
-        engines = Engines(cluster, loop, idle.busy)
+        kind = SplitEngines if cluster.roles else Engines
+        engines = kind(cluster, loop, idle.busy, Recorder() if self.options.record else None)
         scale = cluster.token_scale
         return engines, RolloutWorkers(workers, self._limits(), scale, engines, loop, self, idle.settle)
 
