@@ -22,7 +22,6 @@ def remaining(request: GenerateRequest, chunks: list[TokenChunk]) -> GenerateReq
         prompt=np.concatenate([request.prompt, *(chunk.tokens for chunk in chunks)]),
         max_tokens=request.max_tokens - done,
         generated=request.generated + done,
-        resumed_tokens=request.resumed_tokens + done,
     )
 
 

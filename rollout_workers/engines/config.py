@@ -41,6 +41,8 @@ class EnginesConfig:
     """Tokens (prompt and generated) that a sequence may have."""
     prefill_tokens: int = 1024
     """Most prompt tokens computed in one step; longer prompts are split over several steps."""
+    share_prefixes: bool = True
+    """The embedded engine computes what the prompts of a group have in common once. Servers have a prefix cache."""
     stream_every: int = 16
     """A request reports its tokens at least this often, so that a lost engine loses at most as many."""
     threads: Optional[int] = None  # noqa: UP045

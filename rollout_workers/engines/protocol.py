@@ -89,8 +89,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix_group: str = ""
     """Requests of one prefix group begin alike (the episodes of a group have one prompt): an engine may compute the
     common prefix once. What is really common is found by comparing tokens, never taken from this name."""
-    resumed_tokens: int = 0
-    """The last tokens of ``prompt`` that this same request sampled elsewhere: a stop string may begin in them."""
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):

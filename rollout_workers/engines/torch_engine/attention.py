@@ -76,6 +76,13 @@ class SlotCache:
             values[slots] = 0
 
     @torch.inference_mode()
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Copy the first ``length`` positions of slot ``source`` to ``slot``."""
+        for pair in self.layers.values():
+            for tensor in pair:
+                tensor[slot, :, :length] = tensor[source, :, :length]
+
+    @torch.inference_mode()
     def swap(self, low: IntArray, high: IntArray, length: int) -> None:
         """Exchange the first ``length`` positions of slots ``low[i]`` and ``high[i]``."""
         device = next(iter(self.layers.values()))[0].device

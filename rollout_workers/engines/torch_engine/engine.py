@@ -67,8 +67,9 @@ class TorchEngine:
         self.config = config
         self.weights = WeightStore(model, version)
         self.table = SlotTable(config.slots, config.max_len)
-        self.scheduler = Scheduler(self.table, config.prefill_tokens)
+        self.scheduler = Scheduler(self.table, config.prefill_tokens, config.share_prefixes)
         self.cache = SlotCache(config.slots, config.max_len)
+        self.scheduler.on_shared = self.cache.copy
         self.kv = KvExchange(self.scheduler, self.cache, config.park_mb << 20)
         self.counters = Counters()
         self.paused = False
@@ -218,6 +219,7 @@ class TorchEngine:
             kv_used=float(table.kv_length.sum()) / table.tokens.size,
             paused=self.paused,
             evicted_sessions=self.scheduler.evicted,
+            shared_tokens=self.scheduler.shared_tokens,
             parked_sessions=len(self.kv.park),
             parked_mb=self.kv.park.used / 2**20,
             parks=self.kv.park.parks,

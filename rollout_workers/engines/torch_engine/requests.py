@@ -28,6 +28,8 @@ def refusal(request: GenerateRequest, vocabulary: int, max_len: int, pinned: Set
             f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: must be at least 0, in "
             "(0, 1] and at least 0"
         )
+    if not 0 <= request.generated <= size:
+        return f"generated={request.generated}: must be between 0 and the prompt's {size} tokens"
     if "" in request.stop:
         return "an empty stop string; remove it"
     if request.pinned_version is not None and request.pinned_version not in pinned:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy
+from rollout_workers.engines.torch_engine.prefix_sharing import Prefix, sibling_prefix
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable
 
 PREFILL_GAIN = 8
@@ -66,12 +67,16 @@ class Scheduler:
     """First come, first served over the slots of one engine; every decision depends on the calls made, nothing else.
 
     Invariants: a session has at most one request (waiting or running); a request waits only while no slot is free or
-    idle; a running slot has at least one token to compute.
+    idle, or while a running one computes the prefix that they share; a running slot has at least one token to compute.
     """
 
-    def __init__(self, table: SlotTable, prefill_tokens: int) -> None:
+    def __init__(self, table: SlotTable, prefill_tokens: int, share_prefixes: bool = True) -> None:
         self.table = table
         self.prefill_tokens = prefill_tokens
+        self.share_prefixes = share_prefixes
+        self.shared_tokens = 0
+        """Prompt tokens whose KV was copied from another session."""
+        self._version = 0
         self.waiting: deque[GenerateRequest] = deque()
         self.evicted = 0
         self._admitted = 0
@@ -81,6 +86,8 @@ class Scheduler:
         """Called with a slot whose idle session is about to lose it."""
         self.on_seated: Callable[[int], None] = _nothing
         """Called with a slot that was just given to a session."""
+        self.on_shared: Callable[[int, int, int], None] = _nothing_shared
+        """Called with a slot, another one and a length: the KV of the first one's tokens belongs into the other too."""
 
     def busy(self, session_id: str) -> bool:
         """Whether a request of the session waits or runs."""
@@ -100,34 +107,59 @@ class Scheduler:
         return removed
 
     def admit(self) -> list[int]:
-        """Start waiting requests, oldest first, while they can have a slot; returns the slots started."""
-        started = []
+        """Start waiting requests, oldest first, while they can have a slot; returns the slots started.
+
+        A request whose siblings compute what it begins with lets others go first.
+        """
+        started: list[int] = []
+        held: list[GenerateRequest] = []
         while self.waiting:
-            session_id = self.waiting[0].session_id
-            slot = self.seat(session_id)
+            request = self.waiting[0]
+            prefix = sibling_prefix(self.table, request, self._version) if self.share_prefixes else Prefix()
+            if prefix.worth_waiting:
+                held.append(self.waiting.popleft())
+                continue
+            slot = self._start(request, prefix)
             if slot is None:
                 break
-            self.table.start(slot, self.waiting.popleft(), self._admitted)
-            self._waiting_sessions.discard(session_id)
-            self._admitted += 1
+            self.waiting.popleft()
             started.append(slot)
+        self.waiting.extendleft(reversed(held))
         return started
 
-    def seat(self, session_id: str) -> int | None:
-        """The slot of a session, which gets one if it has none; None while all are in use."""
+    def _start(self, request: GenerateRequest, prefix: Prefix) -> int | None:
+        """Give a request its slot and the KV that a sibling has for it; None while there is no slot."""
+        table, session_id = self.table, request.session_id
+        source = table.slot_of.get(prefix.source)
+        slot = self.seat(session_id, spare=source)
+        if slot is None:
+            return None
+        cached = table.start(slot, request, self._admitted)
+        if source is not None and prefix.ready > cached and table.session[source] == prefix.source:
+            self.on_shared(source, slot, prefix.ready)
+            table.adopt(slot, source, prefix.ready)
+            self.shared_tokens += prefix.ready
+        self._waiting_sessions.discard(session_id)
+        self._admitted += 1
+        return slot
+
+    def seat(self, session_id: str, spare: int | None = None) -> int | None:
+        """The slot of a session, which gets one if it has none; None while all are in use. ``spare`` is the last to be
+        taken from its session."""
         slot = self.table.slot_of.get(session_id)
         if slot is None:
-            if not self.table.free and not self._evict():
+            if not self.table.free and not self._evict(spare):
                 return None
             slot = self.table.take(session_id)
             self.on_seated(slot)
         return slot
 
-    def _evict(self) -> bool:
+    def _evict(self, spare: int | None = None) -> bool:
         """Free the idle slot that was unused longest, one whose session has a request waiting only if all have."""
         table = self.table
-        victim = next((slot for slot in table.idle if table.session[slot] not in self._waiting_sessions), None)
-        victim = next(iter(table.idle), None) if victim is None else victim
+        idle = [slot for slot in table.idle if slot != spare] or list(table.idle)
+        victim = next((slot for slot in idle if table.session[slot] not in self._waiting_sessions), None)
+        victim = next(iter(idle), None) if victim is None else victim
         if victim is None:
             return False
         self.on_evicted(victim)
@@ -208,6 +240,8 @@ class Scheduler:
     def computed(self, plan: StepPlan, version: int) -> None:
         """Record that the step's tokens have their KV, computed with the weights of ``version``."""
         table = self.table
+        if plan.pin == SERVED:
+            self._version = version
         if plan.positions.min() == 0:
             table.kv_oldest[plan.slots[plan.positions == 0]] = version
         table.kv_length[plan.slots[: plan.decodes]] += 1
@@ -227,6 +261,7 @@ class Scheduler:
         so that short contexts follow the policy at once and long ones after several updates or never.
         """
         table = self.table
+        self._version = new_version
         stale = (table.pin == SERVED) & (table.kv_length > 0)
         if policy is KvPolicy.KEEP:
             return 0
@@ -258,3 +293,7 @@ def worth_recomputing(
 
 def _nothing(slot: int) -> None:
     """For when nobody parks."""
+
+
+def _nothing_shared(source: int, slot: int, length: int) -> None:
+    """For a table without a cache."""

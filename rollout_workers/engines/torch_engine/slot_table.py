@@ -70,6 +70,10 @@ class SlotTable:
         self.matcher: list[StopMatcher | None] = [None] * slots
         """Finds the stop strings of the running request, if it has any."""
         self.session: list[str | None] = [None] * slots
+        self.group: list[str] = [""] * slots
+        """The prefix group of the slot's session, if it has one."""
+        self.members: dict[str, dict[str, None]] = {}
+        """The sessions of each prefix group that have a slot."""
         self.slot_of: dict[str, int] = {}
         self.idle: dict[int, None] = {}
         """Idle slots, longest unused first."""
@@ -93,6 +97,7 @@ class SlotTable:
             raise ValueError(f"slot {slot} cannot be freed: it is {'running' if self.running[slot] else 'free'}")
         self.idle.pop(slot, None)
         del self.slot_of[session_id]
+        self._join(slot, "")
         self.session[slot] = None
         self.length[slot] = self.kv_length[slot] = self.received[slot] = 0
         heapq.heappush(self._free, slot)
@@ -122,9 +127,29 @@ class SlotTable:
         self._set_stop_ids(slot, request.stop_token_ids)
         self.idle.pop(slot, None)
         self.running[slot] = True
+        self._join(slot, request.prefix_group)
         self.order[slot] = order
         self.request[slot] = request
         return cached
+
+    def adopt(self, slot: int, source: int, length: int) -> None:
+        """The slot's first ``length`` tokens get the KV of the same tokens in ``source``, of which all is of one version."""
+        self.kv_length[slot] = self.cached[slot] = length
+        self.kv_oldest[slot] = self.kv_oldest[source]
+
+    def _join(self, slot: int, group: str) -> None:
+        """The slot's session becomes one of the group, and of no other."""
+        session, before = self.session[slot], self.group[slot]
+        assert session is not None, "a free slot is of no group"
+        if before == group:
+            return
+        if before:
+            del self.members[before][session]
+            if not self.members[before]:
+                del self.members[before]
+        if group:
+            self.members.setdefault(group, {})[session] = None
+        self.group[slot] = group
 
     def finish(self, slot: int) -> None:
         """End the request of a slot; the session keeps the slot and its KV, and becomes the last to be evicted."""
@@ -163,7 +188,7 @@ class SlotTable:
                 part = array[:, :used] if array.shape[1:] == (self.max_len,) else array
                 part[to] = part[source]
         renamed = dict(zip(to.tolist(), source.tolist(), strict=True))
-        columns: tuple[list[Any], ...] = (self.request, self.matcher, self.session)
+        columns: tuple[list[Any], ...] = (self.request, self.matcher, self.session, self.group)
         for column in columns:
             moved = [column[slot] for slot in renamed.values()]
             for slot, value in zip(renamed, moved, strict=True):

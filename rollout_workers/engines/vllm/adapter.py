@@ -62,7 +62,7 @@ class VllmAdapter:
         return generate_call(request, served)
 
     def parser(self, request: GenerateRequest, served: int) -> VllmStreamParser:
-        resumed = max(request.generated, request.resumed_tokens)
+        resumed = request.generated
         before = request.prompt[len(request.prompt) - resumed :].tolist() if request.stop and resumed else []
         return VllmStreamParser(request, served, Stops(self._tokenizer, request.stop, before))
 
