@@ -242,7 +242,8 @@ class LearnerActor:
         weights, here = self._settings.weights, socket.gethostname()
         kind = choose_transport(weights.transport, here, engine_nodes)
         host = "127.0.0.1" if all(node == here for node in engine_nodes) else here
-        self._sender = make_sender(weights, kind, host=host, device=self._learner.device)
+        beside = self._settings.checkpoint_directory.parent / "weights"
+        self._sender = make_sender(weights, kind, host=host, device=self._learner.device, disk_directory=beside)
         logger.info("weights travel by %s", kind)
 
     def _prepare(self) -> None:

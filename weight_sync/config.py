@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
-TRANSPORTS = ("auto", "shared_memory", "collective")
-PLANNED_TRANSPORTS = ("relay", "disk")
+TRANSPORTS = ("auto", "shared_memory", "collective", "disk")
+PLANNED_TRANSPORTS = ("relay",)
 KV_CHOICES = ("auto", "keep", "recompute")
 
 
@@ -14,7 +15,10 @@ class WeightsConfig:
     """How new weights reach the inference engines."""
 
     transport: str = "auto"
-    """``shared_memory`` (learner and engines on one node), ``collective`` (broadcast), or ``auto``: whichever fits."""
+    """``shared_memory`` (learner and engines on one node), ``collective`` (broadcast), ``disk`` (a directory that all see),
+    or ``auto``: shared memory where it reaches every engine, else broadcast."""
+    directory: Optional[str] = None  # noqa: UP045
+    """Where ``disk`` writes the versions; None: ``weights`` in the run's directory."""
     every: int = 1
     """Publish after every that many optimizer steps."""
     kv: str = "auto"

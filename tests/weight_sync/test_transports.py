@@ -37,10 +37,10 @@ def expect(result: Any, version: int, scale: int = 1) -> None:
         np.testing.assert_array_equal(arrived[name], tensor.float().numpy())
 
 
-@pytest.fixture(params=["shared_memory", "collective"])
+@pytest.fixture(params=["shared_memory", "collective", "disk"])
 def sender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     config = WeightsConfig(bucket_mb=BUCKET_BYTES / 2**20, timeout_s=30.0)
-    made = make_sender(config, request.param, directory=tmp_path)
+    made = make_sender(config, request.param, directory=tmp_path, disk_directory=tmp_path / "weights")
     yield made
     made.close()
 

@@ -15,7 +15,6 @@ def test_defaults_are_valid() -> None:
     ("setting", "value", "message"),
     [
         ("transport", "relay", "weights.transport=relay is not built yet"),
-        ("transport", "disk", "weights.transport=disk is not built yet"),
         ("transport", "pigeon", "unknown"),
         ("delta", True, "weights.delta=true is not built yet"),
         ("kv", "maybe", "weights.kv='maybe'"),

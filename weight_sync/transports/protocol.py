@@ -57,7 +57,16 @@ class CollectiveOffer(msgspec.Struct, frozen=True, kw_only=True, tag="collective
     timeout_s: float
 
 
-Offer = SharedMemoryOffer | CollectiveOffer
+class DiskOffer(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
+    """The version lies in a safetensors file in the directory ``path``."""
+
+    manifest: Manifest
+    path: str
+    node: str
+    """Host name of the node that wrote it."""
+
+
+Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer
 
 _DECODER = msgspec.msgpack.Decoder(Offer)
 

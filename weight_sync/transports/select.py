@@ -9,7 +9,15 @@ import torch
 
 from weight_sync.config import WeightsConfig
 from weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
-from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, WeightReceiver, WeightSender, decode_offer
+from weight_sync.transports.disk import DiskReceiver, DiskSender
+from weight_sync.transports.protocol import (
+    DiskOffer,
+    OnTensor,
+    SharedMemoryOffer,
+    WeightReceiver,
+    WeightSender,
+    decode_offer,
+)
 from weight_sync.transports.shared_memory import SharedMemoryReceiver, SharedMemorySender
 
 
@@ -27,14 +35,23 @@ def make_sender(
     host: str = "127.0.0.1",
     device: str | torch.device = "cpu",
     directory: str | Path = "/dev/shm",
+    disk_directory: str | Path | None = None,
 ) -> WeightSender:
-    """The sender of ``kind``, as :func:`choose_transport` named it. ``host``: where engines reach this process."""
+    """The sender of ``kind``, as :func:`choose_transport` named it. ``host``: where engines reach this process.
+
+    ``disk_directory``: where ``disk`` writes when ``weights.directory`` does not say.
+    """
     bucket_bytes = int(config.bucket_mb * 2**20)
     if kind == "shared_memory":
         return SharedMemorySender(directory=directory, bucket_bytes=bucket_bytes)
     if kind == "collective":
         return CollectiveSender(host=host, device=device, bucket_bytes=bucket_bytes, timeout_s=config.timeout_s)
-    raise ValueError(f"unknown weight transport {kind!r}: use shared_memory or collective")
+    if kind == "disk":
+        chosen = config.directory or disk_directory
+        if chosen is None:
+            raise ValueError("weights.transport=disk needs weights.directory: one that learner and engines both see")
+        return DiskSender(directory=chosen, bucket_bytes=bucket_bytes)
+    raise ValueError(f"unknown weight transport {kind!r}: use shared_memory, collective or disk")
 
 
 class AnyReceiver:
@@ -53,6 +70,8 @@ class AnyReceiver:
     def _make(self, kind: type) -> WeightReceiver:
         if kind is SharedMemoryOffer:
             return SharedMemoryReceiver()
+        if kind is DiskOffer:
+            return DiskReceiver()
         return CollectiveReceiver(self._member, device=self._device)
 
     def close(self) -> None:
