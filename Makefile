@@ -6,11 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Several processes share the cores: thread pools of one thread each keep them from fighting over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup peers quickstart test test-slow lint types format clean help
+.PHONY: setup peers engines quickstart test test-slow test-engines test-engines-slow lint types format clean help
 
 help:
 	@echo "make quickstart   train the small shop agent (about five minutes on two CPU cores)"
 	@echo "make test         run the tests"
+	@echo "make engines      install vLLM and SGLang, each in an environment of its own (ENGINES=vllm for one of them)"
+	@echo "make test-engines run the tests of the real vLLM and SGLang"
 	@echo "make peers        install what the benchmarks compare with, in an environment of its own"
 	@echo "make setup | test-slow | lint | types | format | clean"
 
@@ -37,11 +39,23 @@ $(PEERS)/.ready:
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install torch==2.13.0 TransferQueue==0.1.11 trl==1.16.0
 	@touch $@
 
+# Environments of the engines that are servers (docs/engines.md); complete ones are left alone.
+ENGINES ?= vllm sglang
+
+engines: setup
+	@$(BIN)/python -m rollout_workers.engines.install $(ENGINES)
+
 quickstart: setup
 	$(BIN)/millrace train configs/quickstart.yaml run.overwrite=true
 
 test: setup
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not engines and not engines_slow"
+
+test-engines: setup
+	$(BIN)/pytest -q -m engines
+
+test-engines-slow: setup
+	$(BIN)/pytest -q -m engines_slow
 
 test-slow: setup
 	$(BIN)/pytest -q -m slow
@@ -59,4 +73,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) .venv-vllm .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
