@@ -84,7 +84,7 @@ def test_an_unreadable_offer_names_the_node_that_wrote_it(tmp_path: Path) -> Non
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightTransferError, match="weights.directory"):
+    with pytest.raises(WeightTransferError, match=r"weights\.directory"):
         DiskSender(directory=tmp_path / "file" / "below")
 
 
@@ -93,5 +93,5 @@ def test_the_configuration_chooses_the_directory(tmp_path: Path) -> None:
         WeightsConfig(transport="disk", directory=str(tmp_path / "a")), "disk", disk_directory=tmp_path
     )
     assert str(tmp_path / "a") in str(path_of(chosen.prepare(1, weights(1), [])))
-    with pytest.raises(ValueError, match="weights.directory"):
+    with pytest.raises(ValueError, match=r"weights\.directory"):
         make_sender(WeightsConfig(transport="disk"), "disk")
