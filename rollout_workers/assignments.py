@@ -53,6 +53,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of what a worker is doing, and counters since it started."""
 
     running: int = 0
+    limit: int = 0
+    """Training episodes that may run at once, now."""
     queued: int = 0
     generating: int = 0
     in_environment: int = 0

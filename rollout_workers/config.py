@@ -15,6 +15,9 @@ class RolloutConfig:
     workers: int = 1
     concurrency: int = 128
     """Episodes in flight over all workers."""
+    adaptive_concurrency: bool = False
+    """Let each worker find by itself how many episodes the engines' KV carries; `concurrency` is then the most. Without
+    effect in deterministic runs."""
     groups_per_update: int = 16
     group_size: int = 8
     temperature: float = 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -73,6 +73,11 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         return len(self._pending)
+
+    @property
+    def serving(self) -> Sequence[str]:
+        """Engines that get new requests."""
+        return self._router.members
 
     def engine_of(self, episode_id: str) -> str:
         """The engine that a request of this episode waits for; empty when there is none."""

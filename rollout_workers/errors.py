@@ -55,3 +55,12 @@ def user_error(loop: str, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
     return f"rollout loop {loop!r} raised {type(error).__name__}: {error} ({where})"
+
+
+class EpisodeFailed(Exception):
+    """An episode was given up; carries what is reported."""
+
+    def __init__(self, reason: str, cause: str) -> None:
+        super().__init__(f"{reason}: {cause}")
+        self.reason = reason
+        self.cause = cause

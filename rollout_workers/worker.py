@@ -35,11 +35,13 @@ from experience.slots import Doing, Slots, Wait
 from experience.workload_trace import WorkloadTraceWriter
 from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, WorkerStats
 from rollout_workers.chat import ChatTokenizer
+from rollout_workers.concurrency import AdaptiveGate, Gate
 from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import EngineClient, EngineHandle
+from rollout_workers.engines.protocol import EngineLoad
 from rollout_workers.episode import Episode
 from rollout_workers.episode_context import EpisodeContext
-from rollout_workers.errors import ContextFull, EpisodeError, LoopFault, LoopTimeout, user_error
+from rollout_workers.errors import ContextFull, EpisodeError, EpisodeFailed, LoopFault, LoopTimeout, user_error
 from rollout_workers.loops import RolloutLoop, load_loop
 from rollout_workers.ports import WorkerPorts, with_loop_parts
 from rollout_workers.slot_generator import SlotGenerator
@@ -50,15 +52,6 @@ logger = logging.getLogger(__name__)
 
 TRAJECTORY_KIND = "trajectory"
 """Kind of a record in an evaluation's journal: one encoded trajectory."""
-
-
-class EpisodeFailed(Exception):
-    """An episode was given up; carries what is reported."""
-
-    def __init__(self, reason: str, cause: str) -> None:
-        super().__init__(f"{reason}: {cause}")
-        self.reason = reason
-        self.cause = cause
 
 
 class RolloutWorker:
@@ -86,7 +79,9 @@ class RolloutWorker:
         self._evaluation: Journal | None = None
         self._workload = workload
         self._recorded = RecordedSteps()
-        self._slots = {purpose: asyncio.Semaphore(concurrency) for purpose in Purpose}
+        self._slots = {purpose: Gate(concurrency) for purpose in Purpose}
+        if config.adaptive_concurrency:
+            self._slots[Purpose.TRAIN] = AdaptiveGate(concurrency)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group_of: dict[str, str] = {}
         self._live = 0
@@ -95,12 +90,18 @@ class RolloutWorker:
         books, now = process_books(), clock()
         self.slots = Slots(books.actor, concurrency, now)
         books.adopt(self.slots, now)
-        self.engines = EngineClient(name, barrier=(lambda held: held >= self._live) if lock_step else None)
+        barrier = (lambda held: held >= self._live) if lock_step else None
+        self.engines = EngineClient(name, barrier=barrier, on_load=self._heard)
         self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
         self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
 
     def add_engine(self, name: str, handle: EngineHandle) -> None:
         self.engines.add_engine(name, handle)
+
+    def _heard(self, engine: str, load: EngineLoad) -> None:
+        gate = self._slots[Purpose.TRAIN]
+        if isinstance(gate, AdaptiveGate):
+            gate.heard(engine, load, self.engines.serving)
 
     def recover(self, directories: list[Path]) -> None:
         """Read what dead workers had recorded; their episodes go on from there when they are assigned."""
@@ -130,6 +131,7 @@ class RolloutWorker:
         counts = self._counts
         return WorkerStats(
             running=self._live,
+            limit=self._slots[Purpose.TRAIN].limit,
             queued=len(self._tasks) - self._live,
             generating=self.engines.in_flight,
             in_reward=counts["in_reward"],
