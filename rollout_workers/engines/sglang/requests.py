@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rollout_workers.engines.protocol import GenerateRequest
@@ -36,7 +35,17 @@ def generate_call(request: GenerateRequest, served: int, **extra: Any) -> Call:
         "extra_key": f"version {served}",
         **extra,
     }
+    if filtered(request):
+        body["return_sampling_mask"] = True
     return Call("POST", GENERATE, body)
+
+
+def filtered(request: GenerateRequest) -> bool:
+    """Whether tokens are drawn from less than the whole distribution.
+
+    SGLang's usual log-probabilities are those before top-k and top-p; those after them come with the sampling mask.
+    """
+    return request.temperature > 0 and (request.top_p < 1 or request.top_k > 0)
 
 
 def sampling(request: GenerateRequest) -> dict[str, Any]:
@@ -77,16 +86,3 @@ def seed_of(seed: int) -> int:
 
 def abort_call(request_id: str) -> Call:
     return Call("POST", "/abort_request", {"rid": request_name(request_id), "abort_all": False})
-
-
-def refusal_of(request: GenerateRequest) -> str | None:
-    """Why SGLang cannot serve a request, or None; what only the server can tell comes with its answer."""
-    if len(request.prompt) == 0:
-        return "the prompt is empty; give at least one token"
-    if request.max_tokens < 1:
-        return f"max_tokens={request.max_tokens}: must be at least 1"
-    if not (math.isfinite(request.temperature) and request.temperature >= 0):
-        return f"temperature={request.temperature}: must be at least 0"
-    if "" in request.stop:
-        return "an empty stop string; remove it"
-    return None

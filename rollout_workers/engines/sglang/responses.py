@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers.adapter import ServerAnswerError
 from rollout_workers.engines.servers.event_stream import EventStream, shown
-from rollout_workers.engines.sglang.requests import request_name
+from rollout_workers.engines.sglang.requests import filtered, request_name
 
 
 class _Span(msgspec.Struct):
@@ -37,6 +37,8 @@ class _Meta(msgspec.Struct):
     completion_tokens: int | None = None
     cached_tokens: int = 0
     output_token_logprobs: list[tuple[float | None, int, Any]] = []
+    output_token_sampling_logprobs: list[float | None] | None = None
+    """After top-k and top-p."""
     weight_versions: list[_Span] | None = None
 
 
@@ -61,6 +63,7 @@ class SglangStreamParser:
     def __init__(self, request: GenerateRequest) -> None:
         self._request = request
         self._name = request_name(request.request_id)
+        self._filtered = filtered(request)
         self._events = EventStream()
         self._seen = 0
         self._started = self._finished = False
@@ -135,7 +138,14 @@ class SglangStreamParser:
         ids, entries = output_ids[begin:], meta.output_token_logprobs[begin : len(output_ids)]
         if [entry[1] for entry in entries] != ids:
             raise ServerAnswerError("the log-probabilities are of other tokens than the ids")
-        return ids, [entry[0] for entry in entries]
+        if not self._filtered:
+            return ids, [entry[0] for entry in entries]
+        sampled = meta.output_token_sampling_logprobs
+        if sampled is None or len(sampled) < len(output_ids):
+            raise ServerAnswerError(
+                "the answer has no log-probabilities after top-k and top-p: use top_p=1 and top_k=0 with this SGLang"
+            )
+        return ids, sampled[begin : len(output_ids)]
 
     def _cached(self, meta: _Meta) -> int:
         started, self._started = self._started, True

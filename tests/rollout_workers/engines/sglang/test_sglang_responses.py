@@ -189,3 +189,16 @@ def test_every_event_is_json_that_the_parser_needs_no_more_of() -> None:
     event["routed_experts"] = None
     assert json.loads(json.dumps(event)) == event
     assert len(parse(encoded([event]))) == 1
+
+
+def test_filtered_requests_take_the_log_probabilities_after_the_filter() -> None:
+    event = Answer([9, 8], [-1.0, -2.0], [2], [(0, 4)]).events()[0]
+    with pytest.raises(ServerAnswerError, match="top_p=1"):
+        parse(encoded([event]), top_p=0.9)
+    event["meta_info"]["output_token_sampling_logprobs"] = [-0.5, -0.25]
+    (chunk,) = parse(encoded([event]), top_k=3)
+    assert chunk.logprobs.tolist() == [-0.5, -0.25]
+    (plain,) = parse(encoded([event]))
+    assert plain.logprobs.tolist() == [-1.0, -2.0]
+    (greedy,) = parse(encoded([event]), top_k=3, temperature=0.0)
+    assert greedy.logprobs.tolist() == [-1.0, -2.0]
