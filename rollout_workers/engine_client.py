@@ -276,11 +276,7 @@ class EngineClient:
                 msgspec.structs.replace(joined(pending.chunks), finish_reason=FinishReason.LENGTH)
             )
             return
-        session = pending.request.session_id
-        home = self._router.home(session)
-        name = self._router.choose(session, len(left.prompt), left.prefix_group)
-        if home is not None and home != name and home in self._engines:
-            self._engines[home].releases.append(session)
+        name, left = self._place(left)
         if name is None:
             pending.engine = ""
             waiter = asyncio.create_task(self._route_later(pending))
@@ -290,6 +286,15 @@ class EngineClient:
         engine = self._engines[name]
         engine.requests.append(left)
         engine.wake.set()
+
+    def _place(self, request: GenerateRequest) -> tuple[str | None, GenerateRequest]:
+        """The engine that takes a request (None: there is none), and the request as it is sent there."""
+        session = request.session_id
+        home = self._router.home(session)
+        name = self._router.choose(session, len(request.prompt), request.prefix_group)
+        if home is not None and home != name and home in self._engines:
+            self._engines[home].releases.append(session)
+        return name, request
 
     async def _route_later(self, pending: Pending) -> None:
         try:
