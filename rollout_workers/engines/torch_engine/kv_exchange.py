@@ -78,10 +78,16 @@ class KvExchange:
 
     # ------------------------------------------------------------------------------------------- the side that prefills
 
-    def computed(self, session: str) -> int | None:
-        """How many tokens of a session have their KV here; None when the session is not here."""
+    def computed(self, session: str) -> int:
+        """How many tokens of a session have their KV in its slot; 0 when it has none."""
         slot = self.table.slot_of.get(session)
-        return None if slot is None else int(self.table.kv_length[slot])
+        return 0 if slot is None else int(self.table.kv_length[slot])
+
+    def running(self, session: str, request_id: str) -> bool:
+        """Whether this request has its slot."""
+        slot = self.table.slot_of.get(session)
+        request = None if slot is None else self.table.request[slot]
+        return request is not None and request.request_id == request_id
 
     def oldest(self, session: str) -> int:
         """The oldest version that computed any of the session's KV."""

@@ -1,0 +1,347 @@
+"""The prefill engine's part of hand-offs: KV leaves as it is computed, and the request goes on elsewhere after one token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from torch import Tensor
+
+from rollout_workers.disaggregation.config import HandoffConfig
+from rollout_workers.disaggregation.counters import KvCounters
+from rollout_workers.disaggregation.handoff import Handoff, HandoffState, Reason
+from rollout_workers.disaggregation.link import KvLink, dial
+from rollout_workers.disaggregation.messages import (
+    Announce,
+    Answer,
+    Cancel,
+    Credit,
+    End,
+    KvAddress,
+    KvLinkError,
+    Message,
+    Piece,
+)
+from rollout_workers.disaggregation.ring_space import ALIGNMENT, RingSpace
+from rollout_workers.engines.protocol import FinishReason, GenerateRequest, KvTarget, TokenChunk
+
+if TYPE_CHECKING:
+    from rollout_workers.engines.torch_engine import TorchEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Line:
+    """The connection to one decode engine."""
+
+    link: KvLink
+    space: RingSpace
+    memory: Tensor | None = None
+    """uint8, the ring; known when the other side has answered."""
+
+
+@dataclass
+class _Outgoing:
+    """One request whose KV goes out."""
+
+    request: GenerateRequest
+    target: KvTarget
+    handoff: Handoff
+    line: _Line
+    before: int
+    """Tokens that its session had here when it came."""
+    announced: bool = False
+    ending: TokenChunk | None = None
+    """Its one token, reported when all KV is across."""
+    over: bool = False
+    """The request has ended here; the KV is for the session's next turn."""
+    blocked_since: float | None = None
+    """Since when the decode side is waited for."""
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class PrefillSide:
+    """Between the engine and the connections. Everything happens on the event loop that steps the engine.
+
+    ``deliver`` takes chunks that do not come from a step; ``wake`` has the engine stepped.
+    """
+
+    def __init__(
+        self,
+        engine: TorchEngine,
+        config: HandoffConfig,
+        counters: KvCounters,
+        deliver: Callable[[list[TokenChunk]], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._counters = counters
+        self._deliver = deliver
+        self._wake = wake
+        self._loop = asyncio.get_running_loop()
+        self._lines: dict[str, _Line] = {}
+        self._outgoing: dict[str, _Outgoing] = {}
+        """By request."""
+        ring = config.ring_mb << 20
+        # At least three pieces fit into a ring, so that one fills while another empties.
+        self._piece_tokens = max(1, min(config.piece_kb << 10, ring // 4) // engine.kv.token_bytes)
+        self._ring_bytes = max(ring, 3 * (engine.kv.token_bytes + ALIGNMENT))
+
+    @property
+    def open(self) -> int:
+        """Hand-offs under way."""
+        return len(self._outgoing)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Take a request with a ``kv_target``."""
+        target = request.kv_target
+        assert target is not None
+        engine = self._engine
+        for other in [out for out in self._outgoing.values() if out.request.session_id == request.session_id]:
+            self._fail(other, Reason.ABORTED)
+        before, idle = engine.kv.computed(request.session_id), not engine.has_work
+        engine.submit(msgspec.structs.replace(request, max_tokens=1, kv_target=None))
+        version = engine.weights.version if request.pinned_version is None else request.pinned_version
+        handoff = Handoff(target.handoff_id, version, max(1, len(request.prompt)))
+        try:
+            line = self._line(target.address)
+        except KvLinkError as error:
+            logger.error("hand-off %s: %s", target.handoff_id, error)
+            self._counters.handoffs_failed += 1
+            return
+        out = self._outgoing[request.request_id] = _Outgoing(request, target, handoff, line, before)
+        if idle:
+            self._announce(out)
+
+    def stepped(self, chunks: list[TokenChunk]) -> list[TokenChunk]:
+        """After a step: send what it computed. Returns the chunks that go to the clients now."""
+        if not self._outgoing:
+            return chunks
+        passed = []
+        for chunk in chunks:
+            out = self._outgoing.get(chunk.request_id)
+            passed += [chunk] if out is None else self._ended(out, chunk)
+        self.pump()
+        return passed
+
+    def pump(self) -> None:
+        """Send of every hand-off what is computed and fits."""
+        for out in list(self._outgoing.values()):
+            self._pump(out)
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            line.link.close()
+        for out in self._outgoing.values():
+            if out.timer is not None:
+                out.timer.cancel()
+
+    # ------------------------------------------------------------------------------------------------------ the request
+
+    def _ended(self, out: _Outgoing, chunk: TokenChunk) -> list[TokenChunk]:
+        """The engine's last chunk of the request: what goes to the client of it, now."""
+        reason = chunk.finish_reason
+        goes_on = reason is FinishReason.LENGTH and out.request.max_tokens > 1
+        if out.handoff.reason is not None:
+            self._forget(out)
+            given_up = goes_on or reason is FinishReason.ABORT
+            return [_handed_over(chunk, out.handoff.reason) if given_up else chunk]
+        if goes_on:
+            self._engine.kv.hold(out.request.session_id)
+            out.ending = chunk
+            return []
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._engine.kv.hold(out.request.session_id)
+            out.over = True
+        else:
+            out.over = True
+            self._fail(out, Reason.ABORTED)
+        return [chunk]
+
+    def _fail(self, out: _Outgoing, reason: Reason) -> None:
+        """Give the hand-off up. Its request, if it goes on, is handed over without its KV."""
+        handoff = out.handoff
+        told = handoff.state is HandoffState.REFUSED or reason is Reason.LOST
+        handoff.cancel(reason)
+        self._counters.handoffs_failed += 1
+        logger.info("hand-off %s to %s: %s", handoff.handoff_id, out.target.engine, handoff.reason)
+        if out.announced and not told:
+            out.line.link.send(Cancel(handoff.handoff_id, reason.value))
+        if out.ending is not None:
+            self._deliver([_handed_over(out.ending, handoff.reason)])
+        if out.ending is not None or out.over:
+            self._forget(out)
+            return
+        self._engine.abort(out.request.request_id)  # the next step's chunks have what it has so far
+        self._wake()
+
+    def _forget(self, out: _Outgoing) -> None:
+        if out.timer is not None:
+            out.timer.cancel()
+        if self._outgoing.get(out.request.request_id) is out:
+            del self._outgoing[out.request.request_id]
+        self._engine.kv.settle(out.request.session_id)
+
+    # ----------------------------------------------------------------------------------------------------------- the KV
+
+    def _announce(self, out: _Outgoing) -> None:
+        request, handoff = out.request, out.handoff
+        out.announced = True
+        self._wait(out)
+        out.line.link.send(
+            Announce(
+                handoff_id=handoff.handoff_id,
+                session=request.session_id,
+                prompt=request.prompt.astype("<i4", copy=False).tobytes(),
+                version=handoff.version,
+                pin=request.pinned_version,
+                max_tokens=request.max_tokens,
+            )
+        )
+
+    def _pump(self, out: _Outgoing) -> None:
+        kv, session, handoff = self._engine.kv, out.request.session_id, out.handoff
+        finished = out.ending is not None or out.over
+        if not handoff.open or not (finished or kv.running(session, out.request.request_id)):
+            return
+        computed = min(kv.computed(session), handoff.total)
+        changed = out.request.pinned_version is None and self._engine.weights.version != handoff.version
+        if computed < handoff.total and (changed or finished):
+            self._fail(out, Reason.COMMIT if changed else Reason.DROPPED)
+            return
+        if not out.announced and (finished or computed > out.before):
+            self._announce(out)
+        if not handoff.streaming:
+            return
+        while handoff.position < computed and self._send_piece(out, computed):
+            out.blocked_since = None
+        if handoff.position < computed:
+            self._wait(out)
+        elif handoff.position == handoff.total and finished:
+            self._finish(out)
+
+    def _send_piece(self, out: _Outgoing, computed: int) -> bool:
+        """Copy some tokens' KV into the ring and tell. False: there is no room yet."""
+        kv, handoff, line = self._engine.kv, out.handoff, out.line
+        start = handoff.position
+        end = min(computed, start + self._piece_tokens)
+        nbytes = (end - start) * kv.token_bytes
+        offset = line.space.reserve(nbytes)
+        if offset is None:
+            return False
+        if line.memory is None:
+            ring = line.link.ring
+            line.memory = torch.frombuffer(ring.buffer, dtype=torch.uint8, offset=ring.offset)
+        session = out.request.session_id
+        kv.copy_out(session, start, end, line.memory[offset : offset + nbytes])
+        line.link.send(Piece(handoff.handoff_id, start, end, offset, nbytes, handoff.version, kv.oldest(session)))
+        handoff.moved(start, end, handoff.version, nbytes)
+        self._counters.sent_bytes += nbytes
+        return True
+
+    def _finish(self, out: _Outgoing) -> None:
+        out.handoff.finish()
+        self._counters.handoffs += 1
+        out.line.link.send(End(out.handoff.handoff_id, wanted=out.ending is not None))
+        if out.ending is not None:
+            self._deliver([_handed_over(out.ending, None)])
+        self._forget(out)
+
+    # ------------------------------------------------------------------------------------------------- the decode side
+
+    def on_message(self, link: KvLink, message: Message) -> None:
+        """An answer or a credit."""
+        if isinstance(message, Credit):
+            self._credit(link, message)
+        elif isinstance(message, Answer):
+            for out in list(self._outgoing.values()):
+                if out.handoff.handoff_id == message.handoff_id and out.handoff.open:
+                    self._answered(out, message)
+        else:
+            logger.warning("%s sent a %s to a prefill engine", link.peer, type(message).__name__)
+
+    def on_lost(self, link: KvLink, error: Exception) -> None:
+        """A decode engine is gone, or cannot be reached."""
+        logger.warning("connection to the decode engine at %s: %s", link.peer, error)
+        for address in [address for address, line in self._lines.items() if line.link is link]:
+            del self._lines[address]
+        for out in [out for out in self._outgoing.values() if out.line.link is link]:
+            self._fail(out, Reason.LOST)
+
+    def _answered(self, out: _Outgoing, answer: Answer) -> None:
+        out.blocked_since = None
+        if answer.refused:
+            reason = Reason(answer.refused) if answer.refused in set(Reason) else Reason.DAMAGED
+            out.handoff.refused(reason)
+            self._fail(out, reason)
+            return
+        out.handoff.accepted(min(answer.have, out.handoff.total))
+        self._pump(out)
+
+    def _credit(self, link: KvLink, credit: Credit) -> None:
+        for line in self._lines.values():
+            if line.link is link:
+                try:
+                    line.space.release(credit.offset)
+                except ValueError as error:
+                    link.close()
+                    self.on_lost(link, error)
+                    return
+        for out in [out for out in self._outgoing.values() if out.line.link is link]:
+            if out.handoff.streaming:
+                out.blocked_since = None
+                self._pump(out)
+
+    def _line(self, address: str) -> _Line:
+        """The connection to an address, made on first use."""
+        line = self._lines.get(address)
+        if line is None:
+            link = dial(
+                KvAddress.parse(address),
+                self._engine.kv.layout,
+                self._ring_bytes,
+                self._config.transport,
+                self.on_message,
+                self.on_lost,
+            )
+            line = self._lines[address] = _Line(link, RingSpace(self._ring_bytes))
+        return line
+
+    def _wait(self, out: _Outgoing) -> None:
+        """From now on the decode side is waited for, but not for ever."""
+        if out.blocked_since is None:
+            out.blocked_since = self._loop.time()
+        if out.timer is None:
+            out.timer = self._loop.call_later(self._config.timeout_s, self._check, out)
+
+    def _check(self, out: _Outgoing) -> None:
+        out.timer = None
+        if not out.handoff.open or out.blocked_since is None:
+            return
+        left = out.blocked_since + self._config.timeout_s - self._loop.time()
+        if left > 0:
+            out.timer = self._loop.call_later(left, self._check, out)
+            return
+        logger.warning(
+            "hand-off %s: %s did not go on within engines.handoff.timeout_s=%g s",
+            out.handoff.handoff_id,
+            out.target.engine,
+            self._config.timeout_s,
+        )
+        self._fail(out, Reason.LATE)
+
+
+def _handed_over(chunk: TokenChunk, reason: Reason | None) -> TokenChunk:
+    """``chunk`` as the last that this engine reports; ``reason``: why its KV did not get across."""
+    return msgspec.structs.replace(
+        chunk,
+        finish_reason=FinishReason.HANDED_OVER,
+        error=None if reason is None else reason.value,
+    )
