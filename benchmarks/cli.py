@@ -10,6 +10,7 @@ BENCHMARKS = {
     "control-plane": "benchmarks.control_plane.command:control_plane",
     "engine": "benchmarks.engine:engine",
     "learn": "benchmarks.learn:learn",
+    "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
     "queue": "benchmarks.queue.command:queue",
     "simulator": "benchmarks.simulator_validation:simulator",

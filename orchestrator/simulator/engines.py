@@ -134,6 +134,13 @@ class Engines:
             unit.commit(version, self._loop.now, keep_kv)
             self._arm(name, index)
 
+    def recorders(self) -> tuple[Recorder, ...]:
+        """What was recorded so far, a copy."""
+        for replica in self._replicas.values():
+            for unit in replica.units:
+                unit.seconds(self._loop.now)
+        return () if self.recorder is None else (self.recorder.copy(),)
+
     def seconds(self) -> dict[Cause, float]:
         """Accelerator-seconds of all engines, those that are gone included, by what they did."""
         total = dict(self._gone)

@@ -90,8 +90,8 @@ class Simulation:
         self._offering = False
         self.states: list[Accounts] = []
         """The accounts at the beginning and after each step."""
-        self.recorded: list[Recorder] = []
-        """The recorder of the engines (of those that decode, in a split) at the same moments, with ``record``."""
+        self.recorded: list[tuple[Recorder, ...]] = []
+        """What the engines felt until the same moments (in a split: those that decode, those that prefill), with ``record``."""
 
     def run(self) -> None:
         """To the last step. Raises SimulationStalled when nothing more can happen before that."""
@@ -119,8 +119,8 @@ class Simulation:
 
     def _keep_state(self) -> None:
         self.states.append(self.snapshot())
-        if self.options.record and isinstance(self.engines, Engines) and self.engines.recorder is not None:
-            self.recorded.append(self.engines.recorder.copy())
+        if self.options.record and isinstance(self.engines, Engines):
+            self.recorded.append(self.engines.recorders())
 
     # Dispatch
 

@@ -78,8 +78,8 @@ class SplitEngines(Engines):
     ) -> None:
         super().__init__(cluster, loop, on_busy, recorder or Recorder())
         assert self.recorder is not None
-        self.prefill_recorder = self.recorder.with_own_kv()
-        """KV of the engines that prefill; times to tokens are those of `recorder`."""
+        self.prefill_recorder = self.recorder.with_own_use()
+        """Of the engines that prefill; times to tokens are those of `recorder`."""
         self.counts = SplitCounts()
         self._chooser = PairChooser(cluster.local_tokens)
         self._links: dict[tuple[str, int], float] = {}
@@ -148,6 +148,10 @@ class SplitEngines(Engines):
             assert isinstance(request, _Request)
             if request.moving and request.ticket is not None and name == request.ticket.decode:
                 request.stale = True
+
+    def recorders(self) -> tuple[Recorder, ...]:
+        """Of the engines that decode, and of those that prefill, as they stand now."""
+        return *super().recorders(), self.prefill_recorder.copy()
 
     # The way of a request
 

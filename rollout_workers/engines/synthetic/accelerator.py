@@ -16,7 +16,7 @@ import heapq
 import itertools
 from collections import deque
 
-from experience.accounting import Account, Cause, Span
+from experience.accounting import WORK, Account, Cause, Span
 from rollout_workers.engines.synthetic.cost_model import CostModel, SharedStep
 from rollout_workers.engines.synthetic.kv_cache import KvCache
 from rollout_workers.engines.synthetic.recorder import Recorder, TokenClock
@@ -270,10 +270,13 @@ class Accelerator:
                 self._depth += elapsed * rate
         if self._tokens is not None:
             self._tokens.passed(elapsed, rate, self._running)
-            use = self._tokens.recorder.kv
-            use.capacity += elapsed * self.kv.capacity
-            use.running += elapsed * self.kv.reserved_tokens
-            use.suspended += elapsed * self.kv.idle_tokens
+            use = self._tokens.recorder.use
+            use.seconds += elapsed
+            use.busy_s += elapsed if self._cause in WORK else 0.0
+            use.sequence_s += elapsed * self._running
+            use.kv_capacity += elapsed * self.kv.capacity
+            use.kv_running += elapsed * self.kv.reserved_tokens
+            use.kv_suspended += elapsed * self.kv.idle_tokens
         self._now = until
 
     def _pass_shared(self, step: SharedStep, elapsed: float) -> None:
@@ -335,9 +338,12 @@ class Accelerator:
             if request.gone:
                 self._waiting.popleft()
                 continue
+            evicted = self.kv.evicted_tokens
             cached = self.kv.take(request.session, request.prompt, request.output)
             if cached is None:
                 return
+            if self._tokens is not None:
+                self._tokens.recorder.use.evicted_tokens += self.kv.evicted_tokens - evicted
             self._waiting.popleft()
             self._admitted += 1
             request.admitted = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 LEAST_S = 1e-5
 GROWTH = 1.02
@@ -57,20 +57,26 @@ class Histogram:
 
 
 @dataclass
-class KvUse:
-    """Token-seconds of KV, over all accelerators that report here."""
+class Use:
+    """How much the accelerators that report here did and held; KV in token-seconds."""
 
-    capacity: float = 0.0
-    running: float = 0.0
+    seconds: float = 0.0
+    """Accelerator-seconds."""
+    busy_s: float = 0.0
+    """Those of them in which prompts or tokens were made."""
+    sequence_s: float = 0.0
+    """Seconds of decoding sequences."""
+    kv_capacity: float = 0.0
+    kv_running: float = 0.0
     """Reserved by requests."""
-    suspended: float = 0.0
+    kv_suspended: float = 0.0
     """Of sessions between two turns."""
+    evicted_tokens: float = 0.0
+    """KV of such sessions that made room."""
 
-    def since(self, earlier: KvUse) -> KvUse:
+    def since(self, earlier: Use) -> Use:
         """What was added since ``earlier``."""
-        return KvUse(
-            self.capacity - earlier.capacity, self.running - earlier.running, self.suspended - earlier.suspended
-        )
+        return Use(*(getattr(self, each.name) - getattr(earlier, each.name) for each in fields(Use)))
 
 
 @dataclass
@@ -81,11 +87,11 @@ class Recorder:
     """From the request to its first token."""
     inter_token: Histogram = field(default_factory=Histogram)
     """From one token of a sequence to its next one."""
-    kv: KvUse = field(default_factory=KvUse)
+    use: Use = field(default_factory=Use)
 
-    def with_own_kv(self) -> Recorder:
-        """Another one that keeps the same times, and KV of its own."""
-        return Recorder(self.first_token, self.inter_token, KvUse())
+    def with_own_use(self) -> Recorder:
+        """Another one that keeps the same times, and a use of its own."""
+        return Recorder(self.first_token, self.inter_token, Use())
 
     def copy(self) -> Recorder:
         """As it stands now."""
@@ -96,7 +102,7 @@ class Recorder:
         return Recorder(
             self.first_token.since(earlier.first_token),
             self.inter_token.since(earlier.inter_token),
-            self.kv.since(earlier.kv),
+            self.use.since(earlier.use),
         )
 
 
