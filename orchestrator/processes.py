@@ -67,10 +67,9 @@ class Processes:
             return self._server_engine(index, attempt)
         from rollout_workers.engines.actor import EngineActor
 
-        gpus = self.resources.engine_gpus
-        return self._actor(
-            EngineActor, "engine", index, attempt, gpus, engine_name(index, attempt), self.config.engines
-        )
+        gpus, engines = self.resources.engine_gpus, self.config.engines
+        settings = (engine_name(index, attempt), engines, engines.role_of(index))
+        return self._actor(EngineActor, "engine", index, attempt, gpus, *settings)
 
     def _server_engine(self, index: int, attempt: int) -> Any:
         from rollout_workers.engines.servers.actor import ServerEngineActor
@@ -95,6 +94,7 @@ class Processes:
             seed=config.seed,
             workload_file=self.run.workload / f"worker-{index}-{self.attempt_base + attempt}.jsonl",
             workload_header=self._workload_header(),
+            handoff=config.engines.handoff if config.engines.split and config.engines.kind == "torch" else None,
         )
         return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
 

@@ -19,7 +19,10 @@ from experience.wire import decode, encode
 from experience.workload_trace import TraceHeader, WorkloadTraceWriter
 from rollout_workers.assignments import Assignment, EpisodeReport
 from rollout_workers.config import RolloutConfig
+from rollout_workers.disaggregation.client import PairedEngineClient
+from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.engine_client import RayEngineHandle
+from rollout_workers.engines.protocol import EngineRole
 from rollout_workers.ports import LoopRewards, WorkerPorts
 from rollout_workers.watchdog import LoopWatchdog
 from rollout_workers.worker import RolloutWorker
@@ -49,6 +52,8 @@ class WorkerSettings:
     workload_file: Path
     """Where the workload trace of this worker goes."""
     workload_header: TraceHeader
+    handoff: HandoffConfig | None = None
+    """How engines hand KV over, where prefill and decode are split."""
 
 
 class QueueDeliverer:
@@ -107,6 +112,7 @@ class RolloutWorkerActor:
             settings.concurrency,
             settings.lock_step,
             WorkloadTraceWriter(settings.workload_file, settings.workload_header),
+            settings.handoff,
         )
 
     def _tells(self, controller: Any, role: str) -> OnLost:
@@ -131,7 +137,18 @@ class RolloutWorkerActor:
         return self._worker
 
     async def add_engine(self, name: str, handle: Any) -> None:
-        self.worker.add_engine(name, RayEngineHandle(handle))
+        engines = self.worker.engines
+        if isinstance(engines, PairedEngineClient):
+            role, address = await handle.kv_place.remote()
+            engines.add_paired_engine(name, RayEngineHandle(handle), EngineRole(role), address)
+        else:
+            engines.add_engine(name, RayEngineHandle(handle))
+
+    async def set_engine_role(self, name: str, role: str) -> None:
+        """An engine prefills from now on, or decodes (only where the two are split)."""
+        engines = self.worker.engines
+        if isinstance(engines, PairedEngineClient):
+            engines.set_role(name, EngineRole(role))
 
     async def remove_engine(self, name: str) -> None:
         self.worker.engines.remove_engine(name, ConnectionError("the supervisor saw it die"))

@@ -37,7 +37,9 @@ from rollout_workers.assignments import Assignment, EpisodeReport, Purpose, Work
 from rollout_workers.chat import ChatTokenizer
 from rollout_workers.concurrency import AdaptiveGate, Gate
 from rollout_workers.config import RolloutConfig
-from rollout_workers.engine_client import EngineClient, EngineHandle
+from rollout_workers.disaggregation.client import make_client
+from rollout_workers.disaggregation.config import HandoffConfig
+from rollout_workers.engine_client import EngineHandle
 from rollout_workers.engines.protocol import EngineLoad
 from rollout_workers.episode import Episode
 from rollout_workers.episode_context import EpisodeContext
@@ -68,6 +70,7 @@ class RolloutWorker:
         concurrency: int,
         lock_step: bool = False,
         workload: WorkloadTraceWriter | None = None,
+        handoff: HandoffConfig | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -91,7 +94,7 @@ class RolloutWorker:
         self.slots = Slots(books.actor, concurrency, now)
         books.adopt(self.slots, now)
         barrier = (lambda held: held >= self._live) if lock_step else None
-        self.engines = EngineClient(name, barrier=barrier, on_load=self._heard)
+        self.engines = make_client(name, handoff, barrier, self._heard)
         self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
         self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
 

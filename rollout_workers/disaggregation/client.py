@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from rollout_workers.continuation import remaining
+from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.disaggregation.pair_chooser import PairChooser
 from rollout_workers.engine_client import EngineClient
@@ -132,3 +133,15 @@ class PairedEngineClient(EngineClient):
             if engine is not None:
                 engine.releases.append(session_id)
                 self._send_releases(name)
+
+
+def make_client(
+    client: str,
+    handoff: HandoffConfig | None,
+    barrier: Callable[[int], bool] | None,
+    on_load: Callable[[str, EngineLoad], None],
+) -> EngineClient:
+    """The client of a worker; ``handoff``: where prefill and decode are split."""
+    if handoff is None:
+        return EngineClient(client, barrier=barrier, on_load=on_load)
+    return PairedEngineClient(client, handoff.min_tokens, on_load=on_load)

@@ -30,7 +30,7 @@ from experience.wire import decode, encode
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.config import EnginesConfig
-from rollout_workers.engines.protocol import EngineHealth, KvPolicy, PauseMode, TokenChunk
+from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,12 @@ HEALTH_S = 0.1
 class EngineActor:
     """One embedded engine. Heavy libraries are imported in `load`, not when the process starts."""
 
-    def __init__(self, name: str, config: EnginesConfig) -> None:
+    def __init__(self, name: str, config: EnginesConfig, role: EngineRole = EngineRole.MIXED) -> None:
         self.name = name
         self._config = config
+        self._role = role
+        self._station: Any = None
+        """The hand-offs of KV, where prefill and decode are split."""
         self._engine: Any = None
         self._receiver: Any = None
         self._outbox: dict[str, list[TokenChunk]] = defaultdict(list)
@@ -63,6 +66,8 @@ class EngineActor:
         self._engine = await asyncio.to_thread(self._build, Path(model_path), dtype, threads, version)
         self._failed = asyncio.get_running_loop().create_future()
         self._open_account()
+        if self._config.split and self._config.kind == "torch":
+            self._station = self._open_station()
         self._runner = asyncio.create_task(self._run())
         return int(self._engine.weight_bytes)
 
@@ -72,7 +77,20 @@ class EngineActor:
             for accelerator in self._engine.accelerators:
                 process_books().adopt(accelerator, accelerator.began_at)
         else:
-            self._account = process_books().account()
+            lane = process_books().actor
+            fixed = self._role is not EngineRole.MIXED and self._config.roles == "fixed"
+            self._account = process_books().account(f"{lane}.{self._role.value}" if fixed else lane)
+
+    def _open_station(self) -> Any:
+        from rollout_workers.disaggregation.station import KvStation
+
+        station = KvStation(self._engine, self._config.handoff, own_address(), self._deliver, self._work.set)
+        station.role = self._role
+        return station
+
+    async def kv_place(self) -> tuple[str, str]:
+        """This engine's role, and where other engines send KV to (empty when it takes none)."""
+        return self._role.value, self._station.address if self._station is not None else ""
 
     def _build(self, path: Path, dtype: str, threads: int, version: int) -> Any:
         if self._config.kind == "synthetic":
@@ -83,16 +101,22 @@ class EngineActor:
 
         return build_engine(self._config, path, dtype, threads, version)
 
+    @property
+    def _front(self) -> Any:
+        """Who takes requests, aborts and releases."""
+        return self._engine if self._station is None else self._station
+
     async def submit(self, batch_bytes: bytes) -> bytes:
         """Take a batch of requests, releases and aborts from one client. Returns an encoded `EngineLoad`."""
         batch = decode(batch_bytes, SubmitBatch)
         self._clients.took(batch)
+        front = self._front
         for request_id in batch.aborts:
-            self._engine.abort(request_id)
+            front.abort(request_id)
         for session in batch.releases:
-            self._engine.release(session)
+            front.release(session)
         for request in batch.requests:
-            self._engine.submit(request)
+            front.submit(request)
         self._work.set()
         return encode(self._clients.load(batch.client, self._recent_health()))
 
@@ -100,9 +124,9 @@ class EngineActor:
         """A client is gone: its requests end, its sessions' KV is free."""
         requests, sessions = self._clients.forget(client)
         for request_id in requests:
-            self._engine.abort(request_id)
+            self._front.abort(request_id)
         for session in sessions:
-            self._engine.release(session)
+            self._front.release(session)
         self._outbox.pop(client, None)
         self._ready.pop(client, None)
         self._work.set()
@@ -162,6 +186,8 @@ class EngineActor:
                 account.switch(Cause.WEIGHT_STALL, clock())
             served = self._engine.commit(version, KvPolicy(kv))
             account.switch(before, clock())
+        if self._station is not None:
+            self._station.committed()
         self._work.set()
         return served
 
@@ -183,6 +209,8 @@ class EngineActor:
     async def health(self) -> bytes:
         """An encoded `EngineHealth`."""
         health: EngineHealth = self._engine.health()
+        if self._station is not None:
+            health = self._station.health(health)
         return encode(health)
 
     async def first_token_at(self) -> float | None:
@@ -204,12 +232,15 @@ class EngineActor:
             self._runner.cancel()
         if self._receiver is not None:
             self._receiver.close()
+        if self._station is not None:
+            self._station.close()
 
     async def _run(self) -> None:
         try:
             while True:
                 await self._wait(self._delay())
-                self._deliver(self._step())
+                chunks = self._step()
+                self._deliver(chunks if self._station is None else self._station.stepped(chunks))
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             raise
@@ -264,3 +295,10 @@ class EngineActor:
                 continue
             self._outbox[client].append(chunk)
             self._ready[client].set()
+
+
+def own_address() -> str:
+    """Where the processes of this run's other nodes reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
