@@ -36,30 +36,20 @@ class ConcurrencyPolicy:
             )
 
 
-@dataclass
-class _Engine:
-    limit: float
-    """Episodes that this worker may have there."""
-    since: EngineLoad | None = None
-    """What the engine had done at the beginning of the round."""
-    sessions: int = 0
-    """This worker's there, when the engine was last heard."""
-
-
 class ConcurrencyController:
     """A pure state machine, one a worker: `heard` after each answer of an engine, `limit` says how many episodes may run.
 
-    An engine is judged once a round, that is when it has finished about one request for each of its sessions. If more than
-    ``tolerated`` of them cost a session its KV, or more requests wait for a slot than run, its share becomes ``back_off``
-    times what is there; if nothing was lost and the limit is used up it grows by one. Nothing is cut again until as many
-    episodes have ended as the last cut takes: episodes in flight are never stopped. 1 <= ``limit`` <= ``ceiling``, always.
+    It judges once a round, that is when the engines have finished about one request for each of their sessions. If more than
+    ``tolerated`` of them cost a session its KV, or more requests wait for a slot than run, the limit becomes ``back_off``
+    times what it was; if nothing was lost, nothing waits and the limit is used up, it grows by one for each engine. Nothing is
+    cut again until as many episodes have ended as the last cut takes: episodes in flight are never stopped.
+    1 <= ``limit`` <= ``ceiling``, always.
 
     >>> controller = ConcurrencyController(ceiling=8)
-    >>> controller.joined("a"); controller.limit
+    >>> controller.members(["a"]); controller.limit
     8
-    >>> controller.heard("a", EngineLoad(sessions=8, requests=8, own_sessions=8), episodes=8)
-    >>> load = EngineLoad(sessions=8, requests=8, own_sessions=8, lost=10, finished=20)
-    >>> controller.heard("a", load, episodes=8); controller.limit
+    >>> controller.heard("a", EngineLoad(sessions=8, requests=8), episodes=8)
+    >>> controller.heard("a", EngineLoad(sessions=8, requests=8, lost=10, finished=20), episodes=8); controller.limit
     6
     """
 
@@ -68,75 +58,76 @@ class ConcurrencyController:
             raise ValueError(f"ceiling={ceiling}: must be at least 1")
         self.ceiling = ceiling
         self.policy = policy or ConcurrencyPolicy()
+        self._limit = float(ceiling)
         self._engines: dict[str, _Engine] = {}
         self.cuts = 0
         """How often too much was in flight."""
 
     @property
     def limit(self) -> int:
-        """Episodes that may be in flight. Without an engine nothing is known, and nothing limited."""
-        if not self._engines:
-            return self.ceiling
-        return max(1, min(self.ceiling, int(sum(engine.limit for engine in self._engines.values()) + 1e-9)))
+        """Episodes that may be in flight."""
+        return max(1, min(self.ceiling, int(self._limit + 1e-9)))
 
     def members(self, engines: Collection[str]) -> None:
-        """These engines are in service now, and no others."""
-        for engine in [known for known in self._engines if known not in engines]:
-            self.left(engine)
-        for engine in engines:
-            self.joined(engine)
-
-    def joined(self, engine: str) -> None:
-        """An engine that was not there carries as much as the others are known to; the first ones all there is."""
-        if engine in self._engines:
-            return
-        count = len(self._engines)
-        cut = [known.limit for known in self._engines.values()]
-        if self.cuts:
-            self._engines[engine] = _Engine(sum(cut) / count if count else float(self.ceiling))
-            return
-        for known in self._engines.values():
-            known.limit = self.ceiling / (count + 1)
-        self._engines[engine] = _Engine(self.ceiling / (count + 1))
-
-    def left(self, engine: str) -> None:
-        """An engine is gone. As long as none ever had too much, the others share all there is."""
-        self._engines.pop(engine, None)
-        if not self.cuts:
-            for known in self._engines.values():
-                known.limit = self.ceiling / len(self._engines)
+        """These engines are in service now, and no others. Where a limit was found, it grows and shrinks with their number."""
+        before = len(self._engines)
+        self._engines = {name: self._engines.get(name) or _Engine() for name in engines}
+        if self.cuts and before and engines and len(engines) != before:
+            self._limit = min(float(self.ceiling), max(1.0, self._limit * len(engines) / before))
 
     def heard(self, engine: str, load: EngineLoad, episodes: int) -> None:
         """What an engine in service says of itself, while this worker has ``episodes`` in flight. Unknown ones are ignored."""
         known = self._engines.get(engine)
         if known is None:
             return
-        known.sessions = load.own_sessions
-        began = known.since
-        if began is None or load.finished < began.finished or load.lost < began.lost:
+        known.now = load
+        if known.since is None or load.finished < known.since.finished or load.lost < known.since.lost:
             known.since = load
-            return
-        finished = load.finished - began.finished
-        if finished < max(load.sessions, self.policy.least_round):
-            return
-        known.since = load
-        self._judge(known, load, (load.lost - began.lost) / finished, episodes)
+        engines = [each for each in self._engines.values() if each.now is not None]
+        if sum(each.finished for each in engines) >= max(
+            sum(each.load.sessions for each in engines), self.policy.least_round
+        ):
+            self._judge(engines, episodes)
+            for each in engines:
+                each.since = each.now
 
-    def _judge(self, engine: _Engine, load: EngineLoad, lost: float, episodes: int) -> None:
-        """One round is over in which ``lost`` sessions a request made room for others."""
-        if lost > self.policy.tolerated or 2 * load.waiting > load.requests:
-            sessions = sum(known.sessions for known in self._engines.values())
-            if episodes <= self.limit and sessions:
-                here = episodes * engine.sessions / sessions
-                engine.limit = max(self._least, self.policy.back_off * min(engine.limit, here))
+    def _judge(self, engines: list[_Engine], episodes: int) -> None:
+        """A round is over."""
+        lost = sum(each.lost for each in engines)
+        finished = sum(each.finished for each in engines)
+        waiting = sum(each.load.waiting for each in engines)
+        if lost > self.policy.tolerated * finished or 2 * waiting > sum(each.load.requests for each in engines):
+            if episodes <= self.limit:
+                self._limit = max(1.0, self.policy.back_off * min(self._limit, episodes))
                 self.cuts += 1
-        elif lost == 0 and load.kv_used < self.policy.full and not load.waiting and episodes >= self.limit:
-            engine.limit = min(float(self.ceiling), engine.limit + 1.0)
+            return
+        kv_used = sum(each.load.kv_used for each in engines) / len(engines)
+        if not lost and not waiting and kv_used < self.policy.full and episodes >= self.limit:
+            self._limit = min(float(self.ceiling), self._limit + len(engines))
+
+
+@dataclass
+class _Engine:
+    """What an engine has said."""
+
+    now: EngineLoad | None = None
+    since: EngineLoad | None = None
+    """At the beginning of the round."""
 
     @property
-    def _least(self) -> float:
-        """An engine's share of one episode."""
-        return 1.0 / len(self._engines)
+    def load(self) -> EngineLoad:
+        assert self.now is not None, "only engines that were heard are judged"
+        return self.now
+
+    @property
+    def finished(self) -> int:
+        """Requests in this round."""
+        return self.load.finished - (self.since or self.load).finished
+
+    @property
+    def lost(self) -> int:
+        """Sessions whose KV made room in this round."""
+        return self.load.lost - (self.since or self.load).lost
 
 
 class Gate:
