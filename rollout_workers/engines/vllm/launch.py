@@ -25,7 +25,6 @@ def command(config: VllmConfig, launch: Launch) -> list[str]:
     defaults = {
         **(_cpu_arguments() if cpu else {}),
         "uvicorn_log_level": "warning",
-        "enable_prefix_caching": True,
     }
     owned = {
         "model": launch.model_path,

@@ -114,7 +114,7 @@ def test_arguments_that_millrace_owns_are_refused_with_the_reason(name: str) -> 
 
 def test_every_argument_that_millrace_sets_is_refused_from_others() -> None:
     plain = {word.removeprefix("--").replace("-", "_") for word in ADAPTER.command(LAUNCH) if word.startswith("--")}
-    open_to_others = {"enforce_eager", "block_size", "uvicorn_log_level", "enable_prefix_caching"}
+    open_to_others = {"enforce_eager", "block_size", "uvicorn_log_level"}
     assert plain - open_to_others <= set(OWNED)
 
 
