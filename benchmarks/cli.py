@@ -9,6 +9,7 @@ import click
 BENCHMARKS = {
     "control-plane": "benchmarks.control_plane.command:control_plane",
     "engine": "benchmarks.engine:engine",
+    "fleet": "benchmarks.fleet.command:fleet",
     "learn": "benchmarks.learn:learn",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",

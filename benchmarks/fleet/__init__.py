@@ -1,0 +1,1 @@
+"""`millrace bench fleet`: what updates and lost engines cost the requests in flight."""
