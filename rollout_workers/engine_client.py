@@ -75,6 +75,11 @@ class EngineClient:
         return len(self._pending)
 
     @property
+    def sessions(self) -> int:
+        """Sessions that have an engine."""
+        return self._router.sessions
+
+    @property
     def serving(self) -> Sequence[str]:
         """Engines that get new requests."""
         return self._router.members

@@ -13,10 +13,11 @@ import torch
 import worker_fixtures
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from word_tokenizer import TEMPLATE, WORDS, write_tokenizer
-from worker_fixtures import TURNS, assignment, serve
+from worker_fixtures import TURNS, Engine, assignment, serve
 
 from env_pool.config import RewardConfig
 from experience.records import NOT_SAMPLED, Status
+from rollout_workers.engines.config import EnginesConfig
 
 PROMPT = 4
 """Tokens of `ask look red /`."""
@@ -196,6 +197,51 @@ async def test_closing_a_worker_leaves_no_episode_and_no_line_to_an_engine_behin
         assert len(running("_receive")) == len(running("_send")) == 1
     for name in ("_run_episode", "_receive", "_send"):
         await ended(name)
+
+
+@pytest.mark.parametrize("lock_step", [False, True])
+async def test_however_episodes_end_none_of_their_sessions_stays_on_an_engine(
+    model: Path, tmp_path: Path, lock_step: bool
+) -> None:
+    settings = {"loop": "worker_fixtures:wanders", "episode_timeout_s": 0.5, "max_attempts": 2, "lock_step": lock_step}
+    async with serve(model, tmp_path, concurrency=16, **settings) as bench:
+        bench.worker.run([assignment(index) for index in range(12)])
+        await bench.delivered.until(8)
+        bench.worker.cancel([f"g{index}" for index in range(6, 9)])
+        await ended("_run_episode")
+        told = bench.engine.told
+        await bench.engine.until("no session is left", lambda: told().sessions == told().requests == 0)
+        assert bench.engine._engine.table.slot_of == {}
+        reasons = {report.reason for report in bench.delivered.reports}
+        assert reasons == {None, "loop_fault", "loop_timeout"}
+        assert bench.worker.engines.in_flight == 0
+        assert bench.worker.engines.sessions == 0
+
+
+async def test_a_session_that_moves_is_let_go_where_it_was(model: Path, tmp_path: Path) -> None:
+    async with serve(model, tmp_path, silent_from=PROMPT + 1) as bench:
+        bench.worker.run([assignment(index, 8) for index in range(2)])
+        await bench.engine.until("sixteen second turns", lambda: bench.engine.held == 16)
+        assert bench.engine.told().sessions == 16
+        second = Engine(EnginesConfig(slots=64, max_len=128, threads=1), "second")
+        await second.load(str(model), "float32", 1, 0)
+        bench.worker.add_engine("second", second)
+        bench.worker.engines.remove_engine("engine", ConnectionError("the test says so"))
+        await bench.delivered.until(16)
+        await second.until("no session is left", lambda: second.told().sessions == 0)
+        assert second._engine.table.slot_of == {}
+        assert bench.worker.stats().continued_requests == 16
+        await second.stop()
+
+
+async def test_an_engine_forgets_a_worker_that_died(model: Path, tmp_path: Path) -> None:
+    async with serve(model, tmp_path, loop="worker_fixtures:talks_for_ever", max_episode_tokens=100) as bench:
+        bench.worker.run([assignment()])
+        await bench.engine.until("eight requests", lambda: len(bench.engine.requests) >= 8)
+        assert bench.engine.told().sessions == 4
+        await bench.engine.forget_client("w")
+        assert (bench.engine.told().sessions, bench.engine.told().requests) == (0, 0)
+        assert bench.engine._engine.table.slot_of == {}
 
 
 def running(name: str) -> set[asyncio.Task[object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.actor import EngineActor
 from rollout_workers.engines.config import EnginesConfig
-from rollout_workers.engines.protocol import GenerateRequest
+from rollout_workers.engines.protocol import EngineLoad, GenerateRequest
 from rollout_workers.ports import WorkerPorts
 from rollout_workers.worker import RolloutWorker
 
@@ -89,11 +90,47 @@ async def talks_for_ever(episode: Episode) -> None:
             episode.observe("red")
 
 
+_LEFT_RUNNING: set[asyncio.Task[Any]] = set()
+
+
+async def wanders(episode: Episode) -> None:
+    """Does what loops do, well or badly: branches, sub-agents, errors, tasks that nobody awaits, waits without end."""
+    chance = random.Random(f"{episode.task.task_id} {episode.member} {episode.attempt}")
+    episode.observe("look red")
+    await episode.generate()
+    for _ in range(chance.randrange(4)):
+        match chance.choice(["turn", "fork", "subagent", "leave", "raise", "hang"]):
+            case "turn":
+                episode.observe("blue")
+                await episode.generate()
+            case "fork":
+                branches = episode.fork(2)
+                for branch in branches:
+                    branch.observe("red")
+                await asyncio.gather(*(branch.generate() for branch in branches))
+            case "subagent":
+                await episode.subagent({"role": "user", "content": "look blue"}).generate()
+            case "leave":
+                task = asyncio.create_task(_talks_on(episode.fork(1)[0]))
+                _LEFT_RUNNING.add(task)
+                task.add_done_callback(_LEFT_RUNNING.discard)
+            case "raise":
+                raise KeyError("price")
+            case "hang":
+                await asyncio.Event().wait()
+
+
+async def _talks_on(episode: Episode) -> None:
+    while True:
+        episode.observe("red")
+        await episode.generate(max_tokens=2)
+
+
 class Engine(EngineActor):
     """The real engine actor, which notes what it was asked and can be told to go silent."""
 
-    def __init__(self, config: EnginesConfig) -> None:
-        super().__init__("engine", config)
+    def __init__(self, config: EnginesConfig, name: str = "engine") -> None:
+        super().__init__(name, config)
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.submissions = 0
@@ -113,6 +150,10 @@ class Engine(EngineActor):
         async with self.changed:
             self.changed.notify_all()
         return load
+
+    def told(self) -> EngineLoad:
+        """What it would tell a client."""
+        return self._clients.load("w")
 
     async def until(self, what: str, condition: Any) -> None:
         """Wait until ``condition()``; at most 20 s."""
@@ -174,6 +215,7 @@ async def serve(
     rewards: list[RewardConfig] | None = None,
     concurrency: int = 64,
     silent_from: int | None = None,
+    lock_step: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     """A worker with a real engine, environment actor and reward actor, all on this event loop."""
@@ -193,6 +235,7 @@ async def serve(
         directory / "evaluation",
         WorkerPorts(pool, scorer, delivered),
         concurrency,
+        lock_step,
     )
     worker.add_engine("engine", engine)
     try:
