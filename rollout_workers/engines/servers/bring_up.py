@@ -70,9 +70,9 @@ async def start_server(
             await _until_ready(adapter, server, times.startup_timeout_s)
             await _identify(adapter, server.connection, launch.max_len)
         except ServerNotStarted:
-            ended = server.process is not None and server.process.ended.is_set()
             await server.close()
-            if not (ended and port_was_taken(log, host, port)):
+            process = server.process
+            if process is None or not port_was_taken(process, host, port):
                 raise
             taken.append(port)
             if len(taken) == PORTS:
@@ -149,7 +149,7 @@ async def _identify(adapter: ServerAdapter, connection: ServerConnection, max_le
 
 def _explained(what: str, process: ServerProcess) -> str:
     """The cause in the first line, the end of the log below it."""
-    reasons = [part for part in (process.reason, telling_line(process.log)) if part]
+    reasons = [part for part in (process.reason, telling_line(process.log, process.log_from)) if part]
     head = f"{what}: {'; '.join(reasons)}" if reasons else what
-    tail = log_tail(process.log)
+    tail = log_tail(process.log, since=process.log_from)
     return "\n".join([head, f"the last lines of {process.log}:", *(f"  {line}" for line in tail or ["(it is empty)"])])

@@ -36,9 +36,11 @@ _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 class ServerProcess:
     """A running server. Made by `start`; `ended` is set when the process is gone, and `reason` then says how."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], command: Sequence[str], log: Path) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], command: Sequence[str], log: Path, log_from: int) -> None:
         self.command = list(command)
         self.log = log
+        self.log_from = log_from
+        """Where in the log (bytes) its output begins."""
         self.pid = 0
         self.reason = ""
         self.ended = asyncio.Event()
@@ -57,8 +59,8 @@ class ServerProcess:
 
         Raises ServerNotStarted if there is no such program.
         """
-        popen = await asyncio.to_thread(_spawn, command, environment, log)
-        process = cls(popen, command, log)
+        popen, log_from = await asyncio.to_thread(_spawn, command, environment, log)
+        process = cls(popen, command, log, log_from)
         try:
             async with asyncio.timeout(START_S):
                 await process._started.wait()
@@ -80,7 +82,7 @@ class ServerProcess:
 
     def cause(self) -> str:
         """Why it ended, in one line, with what its log says about it."""
-        return "; ".join(part for part in (self.reason, telling_line(self.log)) if part)
+        return "; ".join(part for part in (self.reason, telling_line(self.log, self.log_from)) if part)
 
     def _let_go(self) -> None:
         assert self._popen.stdin is not None
@@ -111,16 +113,19 @@ class ServerProcess:
             self._loop.call_soon_threadsafe(event.set)
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The guardian, and how long the log is already."""
     inherited = {key: value for key, value in os.environ.items() if key not in _DROPPED}
     log.parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
+    log_from = log.stat().st_size if log.exists() else 0
+    popen = subprocess.Popen(
         [sys.executable, "-I", "-S", guardian.__file__, str(log), *command],
         env={**inherited, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
+    return popen, log_from
 
 
 def describe_status(status: int) -> str:
@@ -133,28 +138,29 @@ def describe_status(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def log_tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log that are not empty; none if there is no such file."""
+def log_tail(log: Path, lines: int = TAIL_LINES, since: int = 0) -> list[str]:
+    """The last lines of a log, from byte ``since`` on, that are not empty; none if there is no such file."""
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
+            file.seek(max(since, file.tell() - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
 
-def telling_line(log: Path) -> str:
-    """The line of the log's end that most likely names the cause: the first error of the last burst of them."""
-    errors = [line.strip() for line in log_tail(log, lines=200) if _ERROR_LINE.search(line)]
+def telling_line(log: Path, since: int = 0) -> str:
+    """The line near the log's end that most likely names the cause: the first error that is not a mere consequence."""
+    errors = [line.strip() for line in log_tail(log, 200, since) if _ERROR_LINE.search(line)]
     telling = [line for line in errors if not _UNTELLING.search(line)] or errors
     return telling[0][:400] if telling else ""
 
 
-def port_was_taken(log: Path, host: str, port: int) -> bool:
+def port_was_taken(process: ServerProcess, host: str, port: int) -> bool:
     """Whether a server that did not start found its port in use."""
-    return any(_IN_USE.search(line) for line in log_tail(log, lines=200)) or not port_is_free(host, port)
+    said = any(_IN_USE.search(line) for line in log_tail(process.log, 200, process.log_from))
+    return said or not port_is_free(host, port)
 
 
 def free_port(host: str) -> int:
