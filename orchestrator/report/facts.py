@@ -56,6 +56,8 @@ class Facts:
     evaluations: list[dict[str, Any]]
     logs: list[LogNote]
     problems: list[str] = field(default_factory=list)
+    fleet: list[dict[str, Any]] = field(default_factory=list)
+    """What happened to the engines, as written (`orchestrator.fleet_log`)."""
 
     @property
     def steps_done(self) -> int:
@@ -139,6 +141,7 @@ def gather(run: RunDirectory) -> Facts:
         evaluations=_evaluations(run, problems),
         logs=read_logs(run.logs, problems),
         problems=problems,
+        fleet=_json_lines(run.fleet_events, problems),
     )
 
 

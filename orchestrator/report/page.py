@@ -27,6 +27,9 @@ from orchestrator.report.words import duration, moment, number, percent, verdict
 
 MAX_DOMAINS = 12
 MAX_PROBLEMS = 30
+MAX_FLEET_EVENTS = 60
+STARTING = ("starting", "loading", "serving")
+"""What happens to every engine."""
 SECTIONS = (
     ("verdict", "Verdict"),
     ("time", "Time"),
@@ -88,6 +91,7 @@ def render(content: Content) -> str:
         legend=_legend(content.timeline),
         causes=cause_table(content.timeline, facts.accounts),
         idle_words=content.idle_words,
+        fleet=_fleet(facts.fleet),
         stalls=_stalls((facts.summary or {}).get("stalls") or []),
         curves=curves,
         data_figures=data_figures,
@@ -242,6 +246,23 @@ def _stalls(stalls: Sequence[Any]) -> dict[str, Any]:
         for row in rows
     ]
     return {"columns": [name.replace("_", " ") for name in columns], "rows": cells} if rows else {}
+
+
+def _fleet(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A table of engines coming and going; empty when they only started."""
+    if all(event.get("event") in STARTING for event in events):
+        return {}
+    rows = [
+        [
+            moment(event["at"] if isinstance(event.get("at"), int | float) else None),
+            str(event.get("engine") or "all"),
+            str(event.get("event", "")),
+            "" if event.get("version") is None else _cell(event["version"]),
+            str(event.get("detail", "")),
+        ]
+        for event in events
+    ]
+    return {"columns": ["at", "engine", "is", "version", "why"], "rows": rows[-MAX_FLEET_EVENTS:], "all": len(rows)}
 
 
 def _cell(value: Any) -> str:

@@ -18,6 +18,7 @@ from experience.records import GroupHeader, Task, Trajectory, Turn
 from experience.staleness import make_policy
 from experience.wire import encode_trajectory
 from orchestrator.config import load, to_yaml
+from orchestrator.fleet_log import FleetLog
 from orchestrator.run_directory import RunDirectory
 
 HOSTILE = "<script>window.hacked=true</script></script><!--<img/src=x:onerror=hacked()>"
@@ -153,6 +154,9 @@ def make_run(tmp_path: Path) -> RunDirectory:
         "2026-01-01 10:00:05,000 WARNING rollout_workers: episode 8 <b>was slow</b>\n"
         "2026-01-01 10:00:06,000 INFO rollout_workers: nothing\n"
     )
+    fleet = FleetLog(run.fleet_events)
+    fleet.note("serving", "engine-0.0", 3)
+    fleet.note("dead", "engine-0.0", detail=f"it died of {HOSTILE}")
     tokens = queue.ledger.token_snapshot()
     run.write_summary(
         {

@@ -98,6 +98,7 @@ def test_the_page_tells_the_numbers_of_the_summary(finished: RunDirectory, opene
     assert "useful work in 75.0 %" in opened.text("#idle-words")
     assert "20.0 %: the episodes were in their environments" in opened.text("#idle-words")
     assert "environment-0" in opened.text("#stalls")
+    assert "engine-0.0 dead" in " ".join(opened.text("#fleet").split())
     assert "12 of 12 steps" in opened.text("#verdict")
     assert "1 actor died" in opened.text("#verdict")
     assert "0.250" in opened.text("#evaluations")
