@@ -26,6 +26,7 @@ class PendingRequest:
     prompt: int
     output: int
     done: Done
+    group: str = ""
     replica: str = ""
     unit: int = 0
     segments: Segments = field(default_factory=list)
@@ -99,9 +100,9 @@ class Engines:
                 merge(request.segments, replica.units[request.unit].partial(request.id))
                 self._route(request)
 
-    def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done) -> None:
-        """Start a request; ``done`` hears of its end."""
-        request = PendingRequest(request_id, session, prompt, output, done)
+    def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done, group: str = "") -> None:
+        """Start a request; ``done`` hears of its end. The prompts of a ``group`` begin alike."""
+        request = PendingRequest(request_id, session, prompt, output, done, group)
         self._requests[request_id] = request
         self._route(request)
 
@@ -122,9 +123,14 @@ class Engines:
     def release(self, session: str) -> None:
         """The session is over."""
         name = self._router.release(session)
-        replica = self._replicas.get(name) if name is not None else None
+        if name is not None:
+            self._let_go(name, session)
+
+    def _let_go(self, name: str, session: str) -> None:
+        """The session does not come back to this engine."""
+        replica = self._replicas.get(name)
         home = replica.router.release(session) if replica is not None else None
-        if name is not None and replica is not None and home is not None:
+        if replica is not None and home is not None:
             replica.units[int(home)].release(session, self._loop.now)
             self._arm(name, int(home))
 
@@ -158,19 +164,26 @@ class Engines:
 
     def _route(self, request: PendingRequest) -> None:
         made = sum(tokens for _, tokens in request.segments)
-        name = self._router.choose(request.session)
+        tokens = request.prompt + made
+        home = self._router.home(request.session)
+        name = self._router.choose(request.session, tokens, request.group)
+        if home is not None and home != name:
+            self._let_go(home, request.session)
         if name is None:
             request.replica = ""
             self._homeless.append(request)
             return
         replica = self._replicas[name]
-        unit = int(replica.router.choose(request.session) or 0)
+        before = replica.router.home(request.session)
+        unit = int(replica.router.choose(request.session, tokens, request.group) or 0)
+        if before is not None and int(before) != unit:
+            replica.units[int(before)].release(request.session, self._loop.now)
+            self._arm(name, int(before))
         request.replica, request.unit = name, unit
-        self.prompt_tokens += request.prompt + made
+        self.prompt_tokens += tokens
         accelerator = replica.units[unit]
-        accelerator.submit(
-            request.id, request.session, request.prompt + made, max(1, request.output - made), self._loop.now
-        )
+        output = max(1, request.output - made)
+        accelerator.submit(request.id, request.session, tokens, output, self._loop.now, group=request.group)
         self._arm(name, unit)
 
     def _arm(self, name: str, index: int) -> None:

@@ -152,7 +152,8 @@ class RolloutWorkers:
                 episode.length += sum(tokens for _, tokens in segments)
                 self._visit(episode, episode.script.turns[episode.turn].tool_s, self._answered)
 
-        self._engines.generate(request_id, episode.session, episode.length, min(wanted, room), done)
+        output, group = min(wanted, room), episode.header.group_id
+        self._engines.generate(request_id, episode.session, episode.length, output, done, group)
 
     def _answered(self, episode: _Episode) -> None:
         turn = episode.script.turns[episode.turn]

@@ -17,7 +17,7 @@ from orchestrator.simulator.cluster import Cluster
 from orchestrator.simulator.engines import Done, Engines, PendingRequest, Replica
 from orchestrator.simulator.entries import merge
 from orchestrator.simulator.events import EventLoop
-from rollout_workers.disaggregation.pair_chooser import PairChooser, Ticket
+from rollout_workers.disaggregation.pair_chooser import PairChooser
 from rollout_workers.disaggregation.roles import Flip, RoleController, RoleLoad
 from rollout_workers.engines.protocol import EngineRole
 from rollout_workers.engines.synthetic.accelerator import Accelerator, Completion
@@ -33,7 +33,12 @@ class _Request(PendingRequest):
     """Since when it waits for a token."""
     begun: bool = False
     """It has a token."""
-    ticket: Ticket | None = None
+    trip: int = 0
+    """How often it was sent on its way."""
+    prefilling: bool = False
+    """A prefill engine has it."""
+    decode: str = ""
+    """The engine that decodes it."""
     moving: bool = False
     """Its KV is on its way from the prefill to the decode engine."""
     stale: bool = False
@@ -99,19 +104,13 @@ class SplitEngines(Engines):
         self._suspended = {session: one for session, one in self._suspended.items() if one.engine != name}
         super().kill(name)
         for request in list(self._requests.values()):
-            if request.moving and request.ticket is not None and request.ticket.decode == name:
+            assert isinstance(request, _Request)
+            if request.moving and request.decode == name:
                 self.continued += 1
-                request.moving = False
                 self._route(request)
 
-    def _give_back(self, request: _Request) -> None:
-        """The request does not go the way that was chosen for it any more."""
-        if request.ticket is not None:
-            self._chooser.finished(request.ticket)
-            request.ticket = None
-
-    def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done) -> None:
-        request = _Request(request_id, session, prompt, output, done, asked_at=self._loop.now)
+    def generate(self, request_id: str, session: str, prompt: int, output: int, done: Done, group: str = "") -> None:
+        request = _Request(request_id, session, prompt, output, done, group, asked_at=self._loop.now)
         self._requests[request_id] = request
         self._suspended.pop(session, None)
         self._route(request)
@@ -124,7 +123,7 @@ class SplitEngines(Engines):
         if request is None:
             return
         assert isinstance(request, _Request)
-        self._give_back(request)
+        self._chooser.ended(request.session)
         if request.moving:
             del self._requests[request_id]
         else:
@@ -132,12 +131,16 @@ class SplitEngines(Engines):
 
     def release(self, session: str) -> None:
         self._suspended.pop(session, None)
-        for name in self._chooser.release(session):
-            replica = self._replicas[name]
-            home = replica.router.release(session)
-            if home is not None:
-                replica.units[int(home)].release(session, self._loop.now)
-                self._arm(name, int(home))
+        for name in self._chooser.release_all(session):
+            self._drop(name, session)
+
+    def _drop(self, name: str, session: str) -> None:
+        """An engine needs the KV of a session no more."""
+        replica = self._replicas[name]
+        home = replica.router.release(session)
+        if home is not None:
+            replica.units[int(home)].release(session, self._loop.now)
+            self._arm(name, int(home))
 
     def commit(self, name: str, version: int, keep_kv: bool) -> None:
         super().commit(name, version, keep_kv)
@@ -146,7 +149,7 @@ class SplitEngines(Engines):
         self._chooser.dropped_kv(name)
         for request in self._requests.values():
             assert isinstance(request, _Request)
-            if request.moving and request.ticket is not None and name == request.ticket.decode:
+            if request.moving and name == request.decode:
                 request.stale = True
 
     def recorders(self) -> tuple[Recorder, ...]:
@@ -157,26 +160,32 @@ class SplitEngines(Engines):
 
     def _route(self, request: PendingRequest) -> None:
         assert isinstance(request, _Request)
-        self._give_back(request)
-        context = request.prompt + request.made
+        context, session = request.prompt + request.made, request.session
         if request.made:
             request.begun, request.asked_at = True, self._loop.now
-        ticket = request.ticket = self._chooser.choose(request.session, context)
-        if ticket is None:
+        request.moving = request.stale = request.prefilling = False
+        request.trip += 1
+        home = self._chooser.home(session)
+        first, decode = self._chooser.choose(session, context), self._chooser.decode_of(session)
+        if first is None or decode is None:
             request.replica = ""
             self._homeless.append(request)
             return
+        if home is not None and home != decode and home in self._replicas:
+            self._drop(home, session)
+            self._chooser.forget_held(session, home)
         self.prompt_tokens += context
-        if ticket.prefill is None:
-            self._decode(request, ticket, delivered=0)
+        request.decode, request.prefilling = decode, first != decode
+        if not request.prefilling:
+            self._decode(request, delivered=0)
             return
-        unit = self._seat(request, ticket.prefill)
+        unit = self._seat(request, first)
         unit.prefill(request.id, request.session, context, self._loop.now, request.asked_at, request.begun)
         self._arm(request.replica, request.unit)
 
-    def _decode(self, request: _Request, ticket: Ticket, delivered: int) -> None:
+    def _decode(self, request: _Request, delivered: int) -> None:
         made = request.made
-        self._seat(request, ticket.decode).submit(
+        self._seat(request, request.decode).submit(
             request.id,
             request.session,
             request.prompt + made,
@@ -199,35 +208,34 @@ class SplitEngines(Engines):
         if request is None:
             return
         assert isinstance(request, _Request)
-        ticket = request.ticket
-        if ticket is not None and ticket.prefill is not None:
-            self._hand_over(request, ticket, completion)
+        if request.prefilling:
+            self._hand_over(request, completion)
             return
         del self._requests[request.id]
         if request.replica in self._replicas:
             self._replicas[request.replica].router.finished(str(request.unit))
         self.cached_tokens += request.cached + completion.cached_tokens
         merge(request.segments, completion.segments)
-        if ticket is not None:
-            context = request.prompt + request.made
-            self._chooser.finished(ticket, context)
-            self._suspended[request.session] = _Suspended(ticket.decode, context)
+        context = request.prompt + request.made
+        self._chooser.ended(request.session, context)
+        self._suspended[request.session] = _Suspended(request.decode, context)
         request.done(request.segments)
 
-    def _hand_over(self, request: _Request, ticket: Ticket, completion: Completion) -> None:
+    def _hand_over(self, request: _Request, completion: Completion) -> None:
         """The prompt is computed: the rest of its KV goes to the decode engine, and the request after it."""
         now, name, link = self._loop.now, request.replica, (request.replica, request.unit)
         if name not in self._replicas:
             return  # lost this very moment, and with it the KV: whoever lost it sends the request on
         context, cost = request.prompt + request.made, self._cluster.cost
         self._replicas[name].router.finished(str(request.unit))
-        self._chooser.handed_over(ticket, complete=True)
+        self._chooser.handed_over(request.session, complete=True)
+        request.prefilling = False
         request.cached += completion.cached_tokens
         request.begun, request.asked_at = True, now
-        if ticket.decode not in self._replicas:
+        if request.decode not in self._replicas:
             self._route(request)
             return
-        there = sum(unit.kv.held(request.session) for unit in self._replicas[ticket.decode].units)
+        there = sum(unit.kv.held(request.session) for unit in self._replicas[request.decode].units)
         missing = max(0, context - there)
         computed_s = (context - completion.cached_tokens) / cost.prefill_rate
         last = min(missing, cost.prefill_chunk) if cost.prefill_chunk else missing
@@ -238,18 +246,18 @@ class SplitEngines(Engines):
         self.counts.moved_tokens += missing
         self.counts.exposed_s += arrives_at - now
         request.moving, request.replica = True, ""
-        self._loop.at(arrives_at, lambda: self._arrived(request, ticket))
+        trip = request.trip
+        self._loop.at(arrives_at, lambda: self._arrived(request, trip))
 
-    def _arrived(self, request: _Request, ticket: Ticket) -> None:
-        if self._requests.get(request.id) is not request or request.ticket is not ticket:
+    def _arrived(self, request: _Request, trip: int) -> None:
+        if self._requests.get(request.id) is not request or request.trip != trip:
             return
-        request.moving = False
         if request.stale:
-            request.stale = False
             self.counts.redone += 1
             self._route(request)
-        else:
-            self._decode(request, ticket, delivered=request.prompt + request.made)
+            return
+        request.moving = False
+        self._decode(request, delivered=request.prompt + request.made)
 
     # Roles
 

@@ -133,11 +133,13 @@ class Accelerator:
         delivered: int = 0,
         asked_at: float | None = None,
         begun: bool = False,
+        group: str = "",
     ) -> None:
         """Queue a request for ``output_tokens`` after a context of ``prompt_tokens`` (what is cached is not computed).
 
         ``delivered``: prompt tokens whose KV comes with the request from another accelerator. ``asked_at``: since when it waits
-        for a token, if that is not now; ``begun``: the token it waits for is not its first one.
+        for a token, if that is not now; ``begun``: the token it waits for is not its first one. ``group``: whose prompts begin
+        like this one.
 
         Raises ValueError for an id in flight, no tokens to make, or a sequence larger than the whole KV.
         """
@@ -147,6 +149,7 @@ class Accelerator:
             )
         request = Request(request_id, session_id, prompt_tokens, output_tokens, now if asked_at is None else asked_at)
         request.pinned, request.delivered, request.begun = pinned_version, min(delivered, prompt_tokens), begun
+        request.group = group if pinned_version is None else ""
         self._enqueue(request, now)
 
     def prefill(
@@ -200,6 +203,7 @@ class Accelerator:
         self.version = version
         self.updates += 1
         self._stalled_until = max(self._stalled_until, self._now) + self.cost.update_pause_s
+        self.kv.forget_prefixes()
         if not keep_kv:
             self.kv.forget_idle()
         self._replan()
@@ -339,7 +343,7 @@ class Accelerator:
                 self._waiting.popleft()
                 continue
             evicted = self.kv.evicted_tokens
-            cached = self.kv.take(request.session, request.prompt, request.output)
+            cached = self.kv.take(request.session, request.prompt, request.output, request.group)
             if cached is None:
                 return
             if self._tokens is not None:

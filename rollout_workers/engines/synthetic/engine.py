@@ -65,14 +65,23 @@ class SyntheticEngine:
         if refusal is not None:
             self._ended.append(_empty(request.request_id, FinishReason.ERROR, refusal))
             return
-        chosen = self._router.choose(request.session_id)
+        home = self._router.home(request.session_id)
+        chosen = self._router.choose(request.session_id, len(request.prompt), request.prefix_group)
         assert chosen is not None, "an engine has accelerators"
+        if home is not None and home != chosen:
+            self.accelerators[int(home)].release(request.session_id, now)
         index = int(chosen)
         self._in_flight[request.request_id] = _InFlight(request, index)
         self._busy_sessions.add(request.session_id)
         output = min(request.max_tokens, self._max_len - len(request.prompt))
         self.accelerators[index].submit(
-            request.request_id, request.session_id, len(request.prompt), output, now, request.pinned_version
+            request.request_id,
+            request.session_id,
+            len(request.prompt),
+            output,
+            now,
+            request.pinned_version,
+            group=request.prefix_group,
         )
 
     def abort(self, request_id: str, now: float) -> None:

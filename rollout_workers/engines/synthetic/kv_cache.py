@@ -13,6 +13,13 @@ class KvCache:
     (0, None)
     >>> kv.put_back("a", 50); kv.take("b", 60, 10), kv.evicted_tokens
     (0, 50)
+
+    Sessions of a prefix group begin alike: as far as the shortest first prompt among those that are here, one that comes new
+    finds its prompt computed.
+
+    >>> kv = KvCache(1000)
+    >>> kv.take("a", 30, 20, "g"), kv.take("b", 30, 20, "g"), kv.take("c", 30, 20, "h")
+    (0, 30, 0)
     """
 
     def __init__(self, capacity: float) -> None:
@@ -22,6 +29,11 @@ class KvCache:
         self._reserved: dict[str, int] = {}
         self._reserved_tokens = 0
         self._released: set[str] = set()
+        self._group_of: dict[str, str] = {}
+        self._members: dict[str, set[str]] = {}
+        """The sessions of each prefix group that have KV here."""
+        self._prefix: dict[str, int] = {}
+        """How many tokens the sessions of a group have in common."""
         self.evicted_tokens = 0
         self.evicted_sessions = 0
 
@@ -49,28 +61,31 @@ class KvCache:
         """Sessions with KV here, running and idle."""
         return len(self._idle) + len(self._reserved)
 
-    def take(self, session: str, prompt: int, output: int) -> int | None:
-        """Reserve room for a request, evicting idle sessions. Returns the prompt tokens cached; None: no room yet.
+    def take(self, session: str, prompt: int, output: int, group: str = "") -> int | None:
+        """Reserve room for a request, evicting idle sessions. Returns the prompt tokens cached, of the session or of its
+        prefix ``group``; None: no room yet.
 
         A session that runs already gets no second reservation: None until the first has ended.
         """
         needed = prompt + output
         if session in self._reserved or self._reserved_tokens + needed > self.capacity:
             return None
-        held = self._forget(session)
+        shared = self._shared(session, prompt, group)
+        held = self._remove(session)
         while self.used + needed > self.capacity:
             oldest = next(iter(self._idle))
             self.evicted_tokens += self._forget(oldest)
             self.evicted_sessions += 1
         self._reserved[session] = needed
         self._reserved_tokens += needed
-        return min(held, prompt)
+        return min(max(held, shared), prompt)
 
     def put_back(self, session: str, tokens: int) -> None:
         """The session's request has ended: ``tokens`` of KV stay, idle, unless the session was released meanwhile."""
         self._reserved_tokens -= self._reserved.pop(session)
         if session in self._released:
             self._released.remove(session)
+            self._leave_group(session)
             return
         self._idle[session] = tokens
         self._idle_tokens += tokens
@@ -84,10 +99,39 @@ class KvCache:
 
     def forget_idle(self) -> None:
         """Idle sessions lose their KV: it belongs to other weights."""
-        self._idle.clear()
-        self._idle_tokens = 0
+        for session in list(self._idle):
+            self._forget(session)
+
+    def forget_prefixes(self) -> None:
+        """What sessions have in common belongs to other weights: nobody new begins with it."""
+        self._prefix.clear()
+
+    def _shared(self, session: str, prompt: int, group: str) -> int:
+        """The tokens that others of the group have of a session's prompt; enters the session into the group."""
+        if not group or session in self._group_of:
+            return 0
+        shared = self._prefix.get(group, 0)
+        self._prefix[group] = min(shared, prompt) if shared else prompt
+        self._group_of[session] = group
+        self._members.setdefault(group, set()).add(session)
+        return shared
+
+    def _leave_group(self, session: str) -> None:
+        group = self._group_of.pop(session, None)
+        if group is not None:
+            members = self._members[group]
+            members.discard(session)
+            if not members:
+                del self._members[group]
+                self._prefix.pop(group, None)
 
     def _forget(self, session: str) -> int:
+        """The session's KV is gone; returns how many tokens that were."""
+        self._leave_group(session)
+        return self._remove(session)
+
+    def _remove(self, session: str) -> int:
+        """The session is not idle any more; returns its tokens."""
         tokens = self._idle.pop(session, 0)
         self._idle_tokens -= tokens
         return tokens

@@ -29,6 +29,7 @@ class Request:
         "cached",
         "delivered",
         "gone",
+        "group",
         "id",
         "mark",
         "output",
@@ -44,6 +45,8 @@ class Request:
         self.asked_at = asked_at
         """Since when it waits for a token."""
         self.pinned: int | None = None
+        self.group = ""
+        """Its prefix group."""
         self.delivered = 0
         """Prompt tokens whose KV comes with it."""
         self.begun = False
