@@ -176,6 +176,11 @@ class PairChooser(Router):
         """The engine was told to drop what it holds of the session."""
         self._held.get(session, {}).pop(engine, None)
 
+    def dropped_kv(self, engine: str) -> None:
+        """The engine has dropped the KV of all sessions between two turns (it took new weights, say)."""
+        for held in self._held.values():
+            held.pop(engine, None)
+
     def release_all(self, session: str) -> list[str]:
         """The session is over; returns the engines that may hold KV of it."""
         self._close(session)
