@@ -16,12 +16,14 @@ import msgspec
 
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError, ServerCounters, ServerIdentity
+from rollout_workers.engines.servers.desk import ServerHandoff
 from rollout_workers.engines.servers.event_stream import shown
 from rollout_workers.engines.servers.prometheus import first, samples
 from rollout_workers.engines.vllm import launch as launching
 from rollout_workers.engines.vllm.config import VllmConfig
 from rollout_workers.engines.vllm.requests import NAME_PREFIX, abort_call, generate_call
 from rollout_workers.engines.vllm.responses import VllmStreamParser, error_text
+from rollout_workers.engines.vllm.split import decode_call, parse_prefill, prefill_call
 from rollout_workers.engines.vllm.stops import Stops
 
 if TYPE_CHECKING:
@@ -60,6 +62,15 @@ class VllmAdapter:
 
     def generate(self, request: GenerateRequest, served: int) -> Call:
         return generate_call(request, served)
+
+    def prefill(self, request: GenerateRequest, served: int) -> Call:
+        return prefill_call(request, served)
+
+    def parse_prefill(self, body: bytes) -> ServerHandoff:
+        return parse_prefill(body)
+
+    def decode(self, request: GenerateRequest, served: int, handoff: ServerHandoff) -> Call:
+        return decode_call(request, served, handoff)
 
     def parser(self, request: GenerateRequest, served: int) -> VllmStreamParser:
         resumed = request.generated

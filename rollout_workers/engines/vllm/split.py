@@ -1,20 +1,20 @@
 """Prefill and decode on separate vLLM servers, over its NIXL connector.
 
 Two calls a request. The prefill server computes the prompt and samples one token, which is not used; its answer says
-where the KV lies (`Handoff`). The decode server gets that with the request, fetches the KV and samples all tokens. A
+where the KV lies (`ServerHandoff`). The decode server gets that with the request, fetches the KV and samples all tokens. A
 hand-off belongs to one policy version: KV of other weights than the decode server serves is left where it is, and the
 decode server computes the prompt itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from rollout_workers.engines.protocol import GenerateRequest
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError
+from rollout_workers.engines.servers.desk import ServerHandoff
 from rollout_workers.engines.servers.event_stream import shown
 from rollout_workers.engines.vllm.requests import generate_call
 
@@ -28,14 +28,6 @@ _AWAIT_REMOTE_DECODE = {
     "remote_host": None,
     "remote_port": None,
 }
-
-
-@dataclass(frozen=True)
-class Handoff:
-    """Where a prefill server keeps the KV of a prompt, and which weights computed it."""
-
-    version: int
-    params: dict[str, Any]
 
 
 def role_arguments(launch: Launch, cpu: bool) -> dict[str, Any]:
@@ -76,7 +68,7 @@ def prefill_call(request: GenerateRequest, served: int) -> Call:
     return Call(call.method, call.path, body)
 
 
-def parse_prefill(body: bytes) -> Handoff:
+def parse_prefill(body: bytes) -> ServerHandoff:
     """The answer to `prefill_call`. Raises ServerAnswerError if it offers no KV, or of more than one version."""
     try:
         answer = _ANSWER.decode(body)
@@ -87,12 +79,12 @@ def parse_prefill(body: bytes) -> Handoff:
     versions = {span.version for choice in answer.choices for span in choice.weight_versions or []}
     if len(versions) != 1 or not next(iter(versions)).lstrip("-").isdigit():
         raise ServerAnswerError(f"the prefill server does not say which weights computed its KV: {sorted(versions)}")
-    return Handoff(int(versions.pop()), answer.kv_transfer_params)
+    return ServerHandoff(version=int(versions.pop()), params=answer.kv_transfer_params)
 
 
-def decode_call(request: GenerateRequest, served: int, handoff: Handoff | None) -> Call:
+def decode_call(request: GenerateRequest, served: int, handoff: ServerHandoff) -> Call:
     """The streamed call to the decode server; KV of another version than ``served`` is not used."""
-    if handoff is None or handoff.version != served:
+    if handoff.version != served:
         return generate_call(request, served)
     return generate_call(request, served, kv_transfer_params=handoff.params)
 

@@ -12,10 +12,11 @@ from vllm_streams import request
 
 from rollout_workers.engines.protocol import KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError
+from rollout_workers.engines.servers.desk import ServerHandoff
 from rollout_workers.engines.vllm.adapter import VllmAdapter
 from rollout_workers.engines.vllm.config import OWNED, VllmConfig
 from rollout_workers.engines.vllm.requests import generate_call, sampling, seed_at
-from rollout_workers.engines.vllm.split import Handoff, decode_call, parse_prefill, prefill_call
+from rollout_workers.engines.vllm.split import decode_call, parse_prefill, prefill_call
 
 LAUNCH = Launch(
     model_path="/models/tiny", host="127.0.0.1", port=8123, member="engine-0.0", device="cpu", python="/env/bin/python"
@@ -256,10 +257,9 @@ def prefilled(versions: list[str], params: dict[str, Any] | None) -> bytes:
 def test_kv_is_handed_over_within_one_version_only() -> None:
     params = {"do_remote_prefill": True, "remote_engine_id": "x", "remote_block_ids": [[1, 2]]}
     handoff = parse_prefill(prefilled(["4"], params))
-    assert handoff == Handoff(4, params)
+    assert handoff == ServerHandoff(version=4, params=params)
     assert (decode_call(request(), 4, handoff).body or {})["kv_transfer_params"] == params
     assert decode_call(request(), 5, handoff) == generate_call(request(), 5)
-    assert decode_call(request(), 4, None) == generate_call(request(), 4)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers.adapter import Launch
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, start_server
+from rollout_workers.engines.servers.desk import ServerHandoff
 from rollout_workers.engines.servers.environment import ROOT, interpreter_of
 from rollout_workers.engines.servers.errors import EnvironmentUnfit
 from rollout_workers.engines.servers.process import free_port
 from rollout_workers.engines.servers.prometheus import samples
 from rollout_workers.engines.vllm.adapter import VllmAdapter
 from rollout_workers.engines.vllm.config import VllmConfig
-from rollout_workers.engines.vllm.split import Handoff, decode_call, parse_prefill, prefill_call
+from rollout_workers.engines.vllm.split import decode_call, parse_prefill, prefill_call
 
 pytestmark = [pytest.mark.engines_slow, pytest.mark.timeout(600)]
 
@@ -87,7 +88,7 @@ def request(name: str, prompt: list[int], max_tokens: int) -> GenerateRequest:
     )
 
 
-async def decoded(server: Server, asked: GenerateRequest, handoff: Handoff | None) -> list[TokenChunk]:
+async def decoded(server: Server, asked: GenerateRequest, handoff: ServerHandoff) -> list[TokenChunk]:
     parser = ADAPTER.parser(asked, VERSION)
     async with server.connection.stream(decode_call(asked, VERSION, handoff)) as (status, parts):
         body = b"".join([part async for part in parts])
@@ -137,6 +138,6 @@ async def test_kv_of_another_version_is_left_where_it_is(pair: tuple[Server, Ser
     asked = request("stale", prompt, 4)
     handoff = parse_prefill(await prefill.connection.ask(prefill_call(asked, VERSION)))
     before = await transferred(decode)
-    chunks = await decoded(decode, asked, Handoff(handoff.version - 1, handoff.params))
+    chunks = await decoded(decode, asked, ServerHandoff(version=handoff.version - 1, params=handoff.params))
     assert await transferred(decode) == before
     assert [int(token) for chunk in chunks for token in chunk.tokens] == reference(model_directory, prompt, 4)[0]
