@@ -279,8 +279,7 @@ class Controller:
         )
         name = worker_name(index, attempt)
         self._workers[name] = handle
-        for engine, engine_handle in list(self._crew.engines.items()):
-            await handle.add_engine.remote(engine, engine_handle)
+        await self._crew.announce(handle)
         if attempt or self._plan.checkpoint is not None:
             alive = {
                 self._processes.step_log_directory(actor.index, actor.attempt)

@@ -81,6 +81,8 @@ class EngineCrew:
         self._log = log
         self._events = events
         self.engines: dict[str, Any] = {}
+        self._since: dict[str, int] = {}
+        """The version that each of them joined with."""
         self.fleet = Fleet(
             plan.config.weights,
             plan.version,
@@ -136,12 +138,18 @@ class EngineCrew:
         path = plan.checkpoint or plan.model_path
         await handle.load.remote(path, self._config.model.dtype, plan.resources.engine_threads, plan.version)
         await self.fleet.join(name, handle, plan.version)
-        await self._workforce.tell("add_engine", name, handle)
+        await self._workforce.tell("add_engine", name, handle, self._since[name])
         self._prober.watch(name, handle)
 
     async def _joined(self, name: str, handle: Any) -> None:
         await self._evaluations.engine_joined(handle, self.fleet.membership.current_version)
         self.engines[name] = handle
+        self._since[name] = self.fleet.membership.current_version
+
+    async def announce(self, worker: Any) -> None:
+        """Tell a new worker of all engines."""
+        for name, handle in list(self.engines.items()):
+            await worker.add_engine.remote(name, handle, self._since[name])
 
     async def _lost(self, index: int, attempt: int, cause: BaseException) -> None:
         name = engine_name(index, attempt)

@@ -136,13 +136,13 @@ class RolloutWorkerActor:
         assert self._worker is not None, "connect() comes first"
         return self._worker
 
-    async def add_engine(self, name: str, handle: Any) -> None:
+    async def add_engine(self, name: str, handle: Any, since: int = 0) -> None:
         engines = self.worker.engines
         if isinstance(engines, PairedEngineClient):
             role, address = await handle.kv_place.remote()
             engines.add_paired_engine(name, RayEngineHandle(handle), EngineRole(role), address)
         else:
-            engines.add_engine(name, RayEngineHandle(handle))
+            engines.add_engine(name, RayEngineHandle(handle), since)
 
     async def set_engine_role(self, name: str, role: str) -> None:
         """An engine prefills from now on, or decodes (only where the two are split)."""

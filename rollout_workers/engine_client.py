@@ -91,11 +91,11 @@ class EngineClient:
                 return pending.engine
         return ""
 
-    def add_engine(self, name: str, handle: EngineHandle) -> None:
-        """An engine that serves the current weights joins."""
+    def add_engine(self, name: str, handle: EngineHandle, since: int = 0) -> None:
+        """An engine that serves the current weights joins; ``since``: the version that it joined with."""
         if name in self._engines:
             return
-        engine = EngineLine(handle)
+        engine = EngineLine(handle, since=since)
         self._engines[name] = engine
         self._router.add(name)
         engine.tasks = [asyncio.create_task(self._send(name, engine)), asyncio.create_task(self._receive(name, engine))]
@@ -296,7 +296,10 @@ class EngineClient:
         """The engine that takes a request (None: there is none), and the request as it is sent there."""
         session = request.session_id
         home = self._router.home(session)
-        name = self._router.choose(session, len(request.prompt), request.prefix_group)
+        among = holders(self._engines, self._router.members, request)
+        if among == []:  # all that held the version are gone: those that came after them answer, and the tokens say so
+            among, request = None, msgspec.structs.replace(request, pinned_version=None)
+        name = self._router.choose(session, len(request.prompt), request.prefix_group, among)
         if home is not None and home != name and home in self._engines:
             self._engines[home].releases.append(session)
         return name, request

@@ -145,16 +145,19 @@ class Router:
         self._total -= known.load(self.policy.load)
         del self._engines[engine]
 
-    def choose(self, session: str, tokens: int = 0, group: str = "") -> str | None:
+    def choose(self, session: str, tokens: int = 0, group: str = "", among: Sequence[str] | None = None) -> str | None:
         """The engine for the session's next request, counted as started; None when there is none.
 
-        ``tokens``: length of the request's context. ``group``: its prefix group, if it has one. A session that was moved
-        has left its KV on the former engine (`home` before the call), which may drop it.
+        ``tokens``: length of the request's context. ``group``: its prefix group, if it has one. ``among``: the engines
+        that can take it, if not all can. A session that was moved has left its KV on the former engine (`home` before the
+        call), which may drop it.
         """
-        if not self._engines:
+        if not self._engines or among == []:
             return None
         known = self._sessions.get(session)
         chosen = self._place(tokens, group) if known is None else self._stay_or_leave(known, tokens)
+        if among is not None and chosen not in among:
+            chosen = known.engine if known is not None and known.engine in among else min(among, key=self._rank_of)
         if known is not None and known.engine != chosen:
             self.moved += 1
             self._forget(session)

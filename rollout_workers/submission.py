@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,6 +60,17 @@ class EngineLine:
     draining: bool = False
     empty: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once an engine that drains has none of this client's requests."""
+    since: int = 0
+    """The version that it joined with: it holds no older one, pinned or not."""
+
+
+def holders(engines: Mapping[str, EngineLine], members: Sequence[str], request: GenerateRequest) -> list[str] | None:
+    """Those of ``members`` that hold the version that a request is pinned to; None when all of them can take it."""
+    version = request.pinned_version
+    if version is None:
+        return None
+    found = [name for name in members if engines[name].since <= version]
+    return None if len(found) == len(members) else found
 
 
 class RayEngineHandle:

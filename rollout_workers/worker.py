@@ -98,8 +98,9 @@ class RolloutWorker:
         self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
         self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
 
-    def add_engine(self, name: str, handle: EngineHandle) -> None:
-        self.engines.add_engine(name, handle)
+    def add_engine(self, name: str, handle: EngineHandle, since: int = 0) -> None:
+        """An engine joins that has no older version than ``since``."""
+        self.engines.add_engine(name, handle, since)
 
     def _heard(self, engine: str, load: EngineLoad) -> None:
         gate = self._slots[Purpose.TRAIN]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_client import HandOperatedEngine, chunk, request, submitted
@@ -218,3 +219,26 @@ async def _settle() -> None:
     """Let every task go on as far as it can without a tick."""
     for _ in range(12):
         await asyncio.sleep(0)
+
+
+def pinned(name: str, version: int) -> GenerateRequest:
+    return msgspec.structs.replace(request(name), pinned_version=version)
+
+
+async def test_an_engine_that_joined_later_gets_no_request_for_an_older_version() -> None:
+    old, new, client = HandOperatedEngine(), HandOperatedEngine(), EngineClient("w")
+    client.add_engine("old", old, since=0)
+    client.add_engine("new", new, since=5)
+    calls = [asyncio.create_task(client.generate(pinned(f"r{n}", 3))) for n in range(4)]
+    await submitted(old, 4)
+    calls += [asyncio.create_task(client.generate(pinned(f"later{n}", 5))) for n in range(4)]
+    await submitted(new, 4)
+    assert {r.pinned_version for r in old.requests} == {3}
+    assert {r.pinned_version for r in new.requests} == {5}
+    old.die()
+    await submitted(new, 8)
+    assert [r.pinned_version for r in new.requests[4:]] == [None] * 4
+    new.answer(*(chunk(r.request_id, [1, 2, 3, 4], FinishReason.LENGTH, version=6) for r in new.requests))
+    results = await asyncio.gather(*calls)
+    assert {int(version) for result in results for version in result.versions} == {6}
+    await client.close()
