@@ -21,7 +21,7 @@ from rollout_workers.continuation import Relocation, joined, remaining
 from rollout_workers.engines.protocol import EngineLoad, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 from rollout_workers.router import Router
-from rollout_workers.submission import EngineHandle, EngineLine, Pending, RayEngineHandle, SubmitBatch
+from rollout_workers.submission import EngineHandle, EngineLine, Pending, RayEngineHandle, SubmitBatch, holders
 
 __all__ = ["EngineClient", "EngineHandle", "RayEngineHandle", "SubmitBatch", "joined", "remaining"]
 
