@@ -136,6 +136,19 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float = 0.0
     stall_s: float = 0.0
     """Seconds in which requests waited for a weight swap."""
+    queued: int = 0
+    """Requests whose prompt is not computed yet, those that wait for a slot included."""
+    backlog_tokens: int = 0
+    """Prompt tokens of theirs still to compute."""
+    decoding: int = 0
+    """Sequences that decode."""
+    finished: int = 0
+    """Requests that ended here."""
+    kv_capacity_tokens: float = 0.0
+    """Tokens of KV that the engine holds; 0: unknown."""
+    kv_running_tokens: float = 0.0
+    """KV of requests, and of sessions between two turns."""
+    kv_suspended_tokens: float = 0.0
     role: EngineRole = EngineRole.MIXED
     parked_sessions: int = 0
     """Sessions whose KV lies in host memory now."""
