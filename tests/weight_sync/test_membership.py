@@ -61,6 +61,25 @@ def test_a_draining_member_still_counts_as_sampling() -> None:
     assert membership.oldest_served() == 1
 
 
+def test_an_update_reaches_who_samples_and_nobody_else() -> None:
+    membership = Membership()
+    for name in ("serves", "drains"):
+        serving_member(membership, name)
+    membership.drain("drains")
+    membership.join("starts")
+    membership.join("gives up loading")
+    membership.begin_load("gives up loading")
+    membership.drain("gives up loading")
+    assert membership.sampling() == ["serves", "drains"]
+    membership.advance(1)
+    assert membership.oldest_served() == 0
+    membership.switched("drains", 1)
+    with pytest.raises(TransitionError, match="engine gives up loading is draining .version None.: switched refused"):
+        membership.switched("gives up loading", 1)
+    assert membership.knows("starts")
+    assert not membership.knows("nobody")
+
+
 @pytest.mark.parametrize(
     ("event", "message"),
     [
@@ -128,6 +147,16 @@ class MembershipMachine(RuleBasedStateMachine):
             assert version >= self.floor[name]
         oldest = self.membership.oldest_served()
         assert oldest is None or oldest <= self.membership.current_version
+
+    @invariant()
+    def who_samples_holds_a_version_that_existed(self) -> None:
+        sampling = self.membership.sampling()
+        assert set(self.membership.serving()) <= set(sampling) <= set(self.membership.alive())
+        for name in sampling:
+            member = self.membership.get(name)
+            assert member.state in (MemberState.SERVING, MemberState.DRAINING)
+            assert member.version is not None
+            assert member.version <= self.membership.current_version
 
 
 TestMembershipMachine = MembershipMachine.TestCase
