@@ -12,6 +12,7 @@ from experience.books import Books, clock
 from experience.wire import decode
 from orchestrator.accounting.accountant import Accountant
 from orchestrator.actor_shell import Pulse
+from orchestrator.processes import engine_name
 from orchestrator.supervisor import Actor, Supervisor, first_line
 from rollout_workers.assignments import WorkerStats
 from rollout_workers.engines.protocol import EngineHealth
@@ -39,6 +40,9 @@ class Pulses:
         self._asked_in_vain: dict[str, float] = {}
         self.live: dict[str, dict[str, Any]] = {}
         """The last answer of each actor, in the words of the view."""
+        self.health: dict[str, EngineHealth] = {}
+        """The last health of each engine, by the name of its life."""
+        self._round_over = asyncio.Event()
 
     async def watch(self) -> None:
         """For ever: ask, and account for what was told."""
@@ -66,6 +70,14 @@ class Pulses:
         missing = sum(actor.state != "serving" for actor in workers) / len(workers) if workers else 0.0
         self._accountant.close_window(clock(), training, published_s - self._published_s, missing)
         self._published_s = published_s
+        engines = {engine_name(actor.index, actor.attempt) for actor in actors}
+        self.health = {name: health for name, health in self.health.items() if name in engines}
+        self._round_over.set()
+        self._round_over = asyncio.Event()
+
+    async def next_round(self) -> None:
+        """Until the next round of answers is complete."""
+        await self._round_over.wait()
 
     def silent(self, least_s: float) -> dict[str, float]:
         """Actors that have not answered for that long at least, with the seconds."""
@@ -95,6 +107,8 @@ class Pulses:
             return None
         self._asked_in_vain.pop(name, None)
         self.live[name] = _described(actor.role.name, pulse.answer)
+        if actor.role.name == "engine":
+            self.health[engine_name(actor.index, actor.attempt)] = decode(pulse.answer, EngineHealth)
         return pulse
 
 

@@ -24,6 +24,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from experience.accounting import Account, Cause
 from experience.books import clock, process_books
 from experience.wire import decode, encode
@@ -87,6 +89,12 @@ class EngineActor:
         station = KvStation(self._engine, self._config.handoff, own_address(), self._deliver, self._work.set)
         station.role = self._role
         return station
+
+    async def set_role(self, role: str) -> None:
+        """What clients send here from now on: prompts to compute for other engines, or requests to decode."""
+        self._role = EngineRole(role)
+        if self._station is not None:
+            self._station.role = self._role
 
     async def kv_place(self) -> tuple[str, str]:
         """This engine's role, and where other engines send KV to (empty when it takes none)."""
@@ -211,7 +219,7 @@ class EngineActor:
         health: EngineHealth = self._engine.health()
         if self._station is not None:
             health = self._station.health(health)
-        return encode(health)
+        return encode(msgspec.structs.replace(health, role=self._role, finished=self._clients.finished))
 
     async def first_token_at(self) -> float | None:
         """Wall-clock time of the first sampled token of this process, if there was one."""

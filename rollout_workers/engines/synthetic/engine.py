@@ -169,6 +169,12 @@ class SyntheticEngine:
             prefill_s=prefill,
             decode_s=decode,
             stall_s=seconds.get(Cause.WEIGHT_STALL, 0.0),
+            queued=sum(unit.running + unit.waiting - unit.decoding for unit in units),
+            backlog_tokens=round(sum(unit.backlog_tokens for unit in units)),
+            decoding=sum(unit.decoding for unit in units),
+            kv_capacity_tokens=self.cost.kv_tokens * len(units),
+            kv_running_tokens=sum(unit.kv.reserved_tokens for unit in units),
+            kv_suspended_tokens=sum(unit.kv.idle_tokens for unit in units),
         )
 
     def _refusal(self, request: GenerateRequest) -> str | None:

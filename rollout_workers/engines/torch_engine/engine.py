@@ -39,6 +39,7 @@ from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
 from rollout_workers.engines.torch_engine.forward import forward_of
 from rollout_workers.engines.torch_engine.kv_exchange import KvExchange
+from rollout_workers.engines.torch_engine.load import load_of
 from rollout_workers.engines.torch_engine.requests import empty_chunk, refusal
 from rollout_workers.engines.torch_engine.sampler import sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
@@ -225,6 +226,7 @@ class TorchEngine:
             parks=self.kv.park.parks,
             park_hits=self.kv.park.hits,
             park_evictions=self.kv.park.evictions,
+            **load_of(table, self.scheduler.waiting),
             **self.counters.snapshot(),
         )
 
