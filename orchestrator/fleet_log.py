@@ -35,6 +35,8 @@ class FleetEvent:
 
     def text(self) -> str:
         """The event in words."""
+        if not self.engine:
+            return self.detail
         version = "" if self.version is None else f" version {self.version}"
         detail = f": {self.detail}" if self.detail else ""
         return f"{self.engine} {self.event}{version}{detail}".strip()

@@ -25,7 +25,7 @@ def scale_command(run: str, change: str) -> None:
         result = give_command(RunDirectory.open(run), "scale", change, click.echo)
     except (RunDirectoryError, ScaleError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"engines: {result['before']} -> {result['after']}")
+    click.echo(f"{result['after']} engines now ({result['before']} before):")
     for member in result["members"]:
         click.echo(f"  {_described(member)}")
 

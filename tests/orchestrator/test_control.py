@@ -145,7 +145,7 @@ def test_the_scale_command(run: RunDirectory, controller: Controller) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.splitlines() == [
         "engine-1.0 starting",
-        "engines: 1 -> 2",
+        "2 engines now (1 before):",
         "  engine-0.0 serving version 3",
     ]
 

@@ -74,7 +74,7 @@ def test_an_update_reaches_who_samples_and_nobody_else() -> None:
     membership.advance(1)
     assert membership.oldest_served() == 0
     membership.switched("drains", 1)
-    with pytest.raises(TransitionError, match="engine gives up loading is draining .version None.: switched refused"):
+    with pytest.raises(TransitionError, match=r"engine gives up loading is draining .version None.: switched refused"):
         membership.switched("gives up loading", 1)
     assert membership.knows("starts")
     assert not membership.knows("nobody")
