@@ -75,7 +75,8 @@ class Processes:
         from rollout_workers.engines.servers.actor import ServerEngineActor
 
         gpus, name = self.resources.engine_gpus, engine_name(index, attempt)
-        settings = (name, self.config.engines, str(self.run.logs), index)
+        engines = self.config.engines
+        settings = (name, engines, str(self.run.logs), index, engines.role_of(index).value)
         return self._actor(ServerEngineActor, "engine", index, attempt, gpus, *settings)
 
     def worker(self, index: int, attempt: int) -> Any:
@@ -94,7 +95,7 @@ class Processes:
             seed=config.seed,
             workload_file=self.run.workload / f"worker-{index}-{self.attempt_base + attempt}.jsonl",
             workload_header=self._workload_header(),
-            handoff=config.engines.handoff if config.engines.split and config.engines.kind == "torch" else None,
+            handoff=config.engines.handoff if config.engines.split and config.engines.kind != "synthetic" else None,
         )
         return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
 

@@ -102,10 +102,19 @@ class EnginesConfig:
             )
         if settings.urls and len(set(settings.urls)) < len(settings.urls):
             raise ValueError(f"engines.{self.kind}.urls names a server twice: each engine needs one of its own")
-        if self.split:
+        if not self.split:
+            return
+        counts = f"engines.prefill={self.prefill}, engines.decode={self.decode}"
+        if self.kind != "vllm":
             raise ValueError(
-                f"engines.prefill={self.prefill}, engines.decode={self.decode}: runs split prefill and decode of the kinds "
-                f"torch and synthetic; set both to 0 for {self.kind}, and choose engines.replicas"
+                f"{counts}: runs split prefill and decode of the kinds torch, synthetic and vllm; set both to 0 for "
+                f"{self.kind}, and choose engines.replicas"
+            )
+        if self.roles == "auto":
+            raise ValueError(f"engines.roles=auto: the roles of {self.kind} servers do not change; set it to fixed")
+        if settings.urls:
+            raise ValueError(
+                f"engines.{self.kind}.urls: servers that prefill or decode are started by the run ({counts})"
             )
 
     def _validate_split(self) -> None:

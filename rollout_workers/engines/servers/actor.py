@@ -20,6 +20,7 @@ import logging
 import socket
 import time
 from pathlib import Path
+from typing import cast
 
 from experience.accounting import Account, Cause
 from experience.books import clock, process_books
@@ -28,6 +29,7 @@ from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerCounters
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, join_server, start_server
+from rollout_workers.engines.servers.desk import HandoffDesk, SplitAdapter
 from rollout_workers.engines.servers.environment import ROOT, check_environment, interpreter_of
 from rollout_workers.engines.servers.errors import (
     ServerAnswerError,
@@ -63,10 +65,11 @@ class ServerEngineActor:
         self.name = name
         self._config = config
         self._settings = server_settings(config)
-        self._adapter: ServerAdapter = make_adapter(config)
+        self._adapter: ServerAdapter
         self._log = Path(log_directory) / f"{name}-{config.kind}.log"
         self._index = index
         self._role = role
+        self._desk = HandoffDesk()
         self._loaded: tuple[Server, Traffic] | None = None
         self._paused = False
         self._moving = asyncio.Lock()
@@ -101,6 +104,7 @@ class ServerEngineActor:
             self._config.stream_every,
             settings.request_timeout_s,
             self._charge,
+            await self._open_desk(),
         )
         self._loaded = server, traffic
         self._answered_at = time.monotonic()
@@ -135,6 +139,16 @@ class ServerEngineActor:
             )
 
         return await start_server(self._adapter, launch_at, self._log, times)
+
+    async def _open_desk(self) -> tuple[SplitAdapter, HandoffDesk] | None:
+        if self._role == "mixed":
+            return None
+        await self._desk.open(HOST)
+        return cast(SplitAdapter, self._adapter), self._desk
+
+    async def kv_place(self) -> tuple[str, str]:
+        """This engine's role, and where prefill engines leave word of KV for it (empty when it takes none)."""
+        return self._role, self._desk.address
 
     async def _adopt(self, server: Server, version: int) -> None:
         """Have the server name its weights ``version``; one that holds what another run gave it is refused."""
@@ -296,6 +310,7 @@ class ServerEngineActor:
 
     async def stop(self) -> None:
         """End the server if it is ours, and let go of it if it is not."""
+        self._desk.close()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._loaded is not None:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rollout_workers.engines.config import SERVERS, EnginesConfig
 from rollout_workers.engines.servers.adapter import ServerAdapter
-
-if TYPE_CHECKING:
-    from rollout_workers.engines.config import EnginesConfig
-    from rollout_workers.engines.sglang.config import SglangConfig
-    from rollout_workers.engines.vllm.config import VllmConfig
-
-SERVER_KINDS = ("vllm", "sglang")
-"""Engines that are servers in processes of their own."""
+from rollout_workers.engines.sglang.config import SglangConfig
+from rollout_workers.engines.vllm.config import VllmConfig
 
 
 def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) -> ServerAdapter:
@@ -27,7 +21,7 @@ def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) ->
         from rollout_workers.engines.sglang.adapter import SglangAdapter
 
         return SglangAdapter(config.sglang)
-    raise ValueError(f"engines.kind={config.kind} is no server; servers are {', '.join(SERVER_KINDS)}")
+    raise ValueError(f"engines.kind={config.kind} is no server; servers are {', '.join(SERVERS)}")
 
 
 def server_settings(config: EnginesConfig) -> VllmConfig | SglangConfig:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from experience.wire import encode
+from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
-from rollout_workers.engines.servers.adapter import ServerAdapter
+from rollout_workers.engines.servers.adapter import Call, ServerAdapter
+from rollout_workers.engines.servers.desk import HandoffDesk, SplitAdapter, leave_note
 from rollout_workers.engines.servers.errors import (
     ServerAnswerError,
     ServerDied,
@@ -28,6 +30,8 @@ from rollout_workers.submission import SubmitBatch
 logger = logging.getLogger(__name__)
 
 POLL_S = 10.0
+NOTE_S = 5.0
+"""How long a decode engine has to take the note of a hand-off."""
 ABORT_S = 5.0
 """How long a server has to end an aborted request with the tokens that it has."""
 
@@ -50,8 +54,11 @@ class Traffic:
         every: int,
         request_timeout_s: float,
         on_change: Callable[[], None],
+        split: tuple[SplitAdapter, HandoffDesk] | None = None,
     ) -> None:
+        """``split``: how to hand requests over, where prefill and decode are apart."""
         self._adapter = adapter
+        self._split = split
         self._connection = connection
         self.version = version
         self._every = every
@@ -193,10 +200,13 @@ class Traffic:
 
     async def _stream(self, flight: Flight, request: GenerateRequest) -> None:
         """Raises an error that says what is to be done, unless the request got its last chunk."""
+        if request.kv_target is not None and self._split is not None:
+            await self._hand_over(flight, request, self._split[0])
+            return
         parser = flight.parser = self._adapter.parser(request, self.version)
         finished = False
         try:
-            async with self._connection.stream(self._adapter.generate(request, self.version)) as (status, body):
+            async with self._connection.stream(self._generate(request)) as (status, body):
                 if status != 200:
                     raise self._refusal(status, await beginning(body))
                 if flight.aborted:
@@ -209,6 +219,27 @@ class Traffic:
             flight.parser = None
         if not finished:
             raise ServerAnswerError("the answer ended without a finish reason")
+
+    async def _hand_over(self, flight: Flight, request: GenerateRequest, adapter: SplitAdapter) -> None:
+        """Have the server prefill, and tell the decode engine where the KV is; the client goes on there."""
+        target = request.kv_target
+        assert target is not None
+        body = await self._connection.ask(adapter.prefill(request, self.version))
+        error = None
+        try:
+            await leave_note(target.address, target.handoff_id, adapter.parse_prefill(body), NOTE_S)
+        except ServerUnreachable as unreachable:
+            logger.warning("request %s: %s", flight.request_id, unreachable)
+            error = Reason.LOST.value
+        self._deliver(flight.client, [flight.end(FinishReason.HANDED_OVER, error)])
+
+    def _generate(self, request: GenerateRequest) -> Call:
+        if request.kv_source and self._split is not None:
+            adapter, desk = self._split
+            handoff = desk.take(request.kv_source)
+            if handoff is not None:
+                return adapter.decode(request, self.version, handoff)
+        return self._adapter.generate(request, self.version)
 
     def _refusal(self, status: int, text: bytes) -> ServerRefused | ServerFailed:
         final = 400 <= status < 500 and status not in TRY_AGAIN
