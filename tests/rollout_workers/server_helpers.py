@@ -15,7 +15,7 @@ from rollout_workers.engines.servers.process import log_tail
 async def until(condition: Callable[[], object], what: str, within_s: float = 20.0) -> None:
     """Wait for something that nothing announces."""
     deadline = time.monotonic() + within_s
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         assert time.monotonic() < deadline, f"waited {within_s:g} s for {what}"
         await asyncio.sleep(0.01)
 
