@@ -240,7 +240,7 @@ def _validate_synthetic(config: Config) -> None:
             f"engines.synthetic.stage_s={engine.stage_s:g} takes {engine.stage_s / engine.time_scale:g} wall seconds, and a "
             f"transfer may take weights.timeout_s={config.weights.timeout_s:g}: raise that or engines.synthetic.time_scale"
         )
-    together = engine.accelerators * config.engines.replicas
+    together = engine.accelerators * config.engines.count
     if config.mode == "sync" and learner.accelerators != together:
         raise ValueError(
             f"mode=sync: the engines' {together} accelerators (engines.replicas x engines.synthetic.accelerators) train in "

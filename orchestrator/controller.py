@@ -167,6 +167,8 @@ class Controller:
         self._keep(self._queue_events())
         self._keep(self._watch_stall())
         self._keep(self._crew.run_probes())
+        if self._config.engines.roles == "auto":
+            self._keep(self._crew.run_roles(self._pulses))
         await self._committed(self._plan.version)
         await self._pulses.ask_all()  # what was spent until here is not the training's
         self.progress.phase = "training"

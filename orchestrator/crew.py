@@ -23,12 +23,14 @@ from typing import Any
 
 import ray
 
+from orchestrator.engine_roles import EngineRoles
 from orchestrator.evaluations import Evaluations
 from orchestrator.fleet import Fleet, FleetEvents
 from orchestrator.fleet_log import FleetLog
 from orchestrator.prober import Prober
 from orchestrator.probes import ProbePolicy
 from orchestrator.processes import Processes, engine_name
+from orchestrator.pulses import Pulses
 from orchestrator.run_plan import RunPlan
 from orchestrator.scaling import ScaleError, parse_change, plan_scale
 from orchestrator.stuck_actors import StuckActors
@@ -105,6 +107,10 @@ class EngineCrew:
     async def run_probes(self) -> None:
         """For ever."""
         await self._prober.run()
+
+    async def run_roles(self, pulses: Pulses) -> None:
+        """Have engines prefill or decode as their load says; for ever."""
+        await EngineRoles(self._config.engines, self.engines, self._workforce.tell, self._events.happened).run(pulses)
 
     async def publish(self, version: int) -> None:
         """The learner holds ``version``: bring it to all engines. Returns when they serve it."""

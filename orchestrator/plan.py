@@ -222,7 +222,7 @@ def _slots(config: Config) -> int:
     """Sequences that all engines run at once."""
     if config.engines.kind == "synthetic":
         synthetic = config.engines.synthetic
-        return config.engines.replicas * synthetic.accelerators * synthetic.slots
+        return config.engines.count * synthetic.accelerators * synthetic.slots
     return config.engines.slots * config.engines.count
 
 

@@ -244,7 +244,7 @@ def scale_of(config: Config) -> dict[str, Any]:
     modelled = config.engines.synthetic
     return {
         "scale": {
-            "rollout_accelerators": config.engines.replicas * modelled.accelerators,
+            "rollout_accelerators": config.engines.count * modelled.accelerators,
             "learner_accelerators": config.learner.synthetic.accelerators,
             "time_scale": modelled.time_scale,
             "token_scale": modelled.token_scale,

@@ -32,6 +32,8 @@ class RolePolicy:
     """An engine keeps its role at least so long."""
     cool_down_s: float = 30.0
     """Between two flips of any engines."""
+    half_concurrency: float = 16.0
+    """Sequences at which an engine decodes at half its peak (kind synthetic: as `engines.synthetic.half_concurrency` says)."""
     flip_timeout_s: float = 600.0
     """An engine that has not taken its new role after so long is counted under its old one again."""
 
@@ -40,7 +42,7 @@ class RolePolicy:
         for name in ("gain", "window_s", "flip_timeout_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"engines.role_policy.{name}={getattr(self, name)}: must be greater than 0")
-        for name in ("min_residence_s", "cool_down_s"):
+        for name in ("min_residence_s", "cool_down_s", "half_concurrency"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"engines.role_policy.{name}={getattr(self, name)}: must not be negative")
 
