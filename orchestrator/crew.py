@@ -95,7 +95,7 @@ class EngineCrew:
                 served=events.served,
                 committed=events.committed,
                 joined=self._joined,
-                broken=stuck.engine_broken,
+                broken=self._broken,
                 changed=self._changed,
             ),
         )
@@ -158,16 +158,18 @@ class EngineCrew:
             await worker.add_engine.remote(name, handle, self._since[name])
 
     async def _lost(self, index: int, attempt: int, cause: BaseException) -> None:
-        name = engine_name(index, attempt)
-        self._prober.forget(name)
-        served = self.engines.pop(name, None) is not None
-        self.fleet.lost(name, first_line(cause))
-        if served:
-            await self._workforce.tell("remove_engine", name)
-            self._events.keep(self._follow_requests(name))
+        self._take_out(engine_name(index, attempt), first_line(cause))
 
-    async def _follow_requests(self, name: str) -> None:
-        """Write down when the requests of a lost engine have found another place."""
+    def _take_out(self, name: str, why: str) -> None:
+        """An engine is gone, or as good as gone: its requests go elsewhere without waiting for its process to end."""
+        self._prober.forget(name)
+        self.fleet.lost(name, why)
+        if self.engines.pop(name, None) is not None:
+            self._events.keep(self._move_requests(name))
+
+    async def _move_requests(self, name: str) -> None:
+        """Tell the workers, and write down when the requests have found another place."""
+        await self._workforce.ask("remove_engine", name)
         answers = await self._workforce.ask("relocated", name, REROUTE_S)
         for worker, told in answers.items():
             if told is not None:
@@ -183,6 +185,11 @@ class EngineCrew:
     def _condemn(self, name: str, reason: str) -> None:
         self._log.note("condemned", name, self.fleet.held(name), reason)
         self._stuck.engine_unwell(name, reason)
+        self._take_out(name, f"it is not well ({reason})")
+
+    def _broken(self, name: str, reason: str) -> None:
+        self._stuck.engine_broken(name, reason)
+        self._take_out(name, f"it did not take the weights ({reason})")
 
     # Scaling
 
