@@ -10,7 +10,6 @@ from rollout_workers.engines.servers.arguments import check_arguments
 _SIZES = "set engines.slots and engines.max_len; Millrace keeps its requests within them"
 _WEIGHTS = "weights come from the learner; Millrace sets this"
 _ANSWERS = "Millrace reads the answers in one form (token ids, log-probabilities, versions) and sets this"
-_SPLIT = "set engines.prefill and engines.decode; each server's part follows from them"
 _PLACE = "a server listens on its own node; set engines.vllm.urls for servers elsewhere"
 
 OWNED = {
@@ -37,7 +36,6 @@ OWNED = {
     "disable_log_stats": "Millrace reads the metrics, which this turns off",
     "worker_extension_cls": _WEIGHTS,
     "weight_transfer_config": _WEIGHTS,
-    "kv_transfer_config": _SPLIT,
     "data_parallel_size": "set engines.replicas: each replica is a server",
     "api_server_count": "set engines.replicas: each replica is a server",
     "config": "write its keys under engines.vllm.args",

@@ -24,6 +24,7 @@ def command(config: VllmConfig, launch: Launch) -> list[str]:
     cpu = on_cpu(launch)
     defaults = {
         **(_cpu_arguments() if cpu else {}),
+        **role_arguments(launch, cpu),
         "uvicorn_log_level": "warning",
     }
     owned = {
@@ -41,7 +42,6 @@ def command(config: VllmConfig, launch: Launch) -> list[str]:
         "enable_scale_out": True,
         "enable_prompt_tokens_details": True,
         "worker_extension_cls": EXTENSION,
-        **role_arguments(launch, cpu),
     }
     words = to_command(merged(defaults, config.args) | owned)
     return [launch.python, "-m", ENTRY_POINT, *words]

@@ -231,6 +231,8 @@ def test_servers_with_a_role_share_a_connector() -> None:
     transfer = json.loads(option(ADAPTER.command(launch), "--kv-transfer-config") or "")
     assert transfer["kv_connector"] == "NixlConnector"
     assert transfer["kv_buffer_device"] == "cpu"
+    other = VllmAdapter(VllmConfig(args={"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1"}}))
+    assert option(other.command(launch), "--kv-transfer-config") == '{"kv_connector":"LMCacheConnectorV1"}'
     variables = ADAPTER.environment(launch)
     assert variables["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5601"
     on_gpu = Launch(**{**launch.__dict__, "device": "cuda"})
