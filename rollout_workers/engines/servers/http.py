@@ -18,6 +18,8 @@ from rollout_workers.engines.servers.errors import (
 )
 
 CONNECT_S = 10.0
+KEEP_ALIVE_S = 2.0
+"""Idle connections are closed before the server does it (after 5 s), which could meet a call on its way."""
 BODY_BYTES = 64 << 20
 """The largest answer to a call that is not a stream."""
 
@@ -28,7 +30,7 @@ class ServerConnection:
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S)
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         self._client = httpx2.AsyncClient(
             base_url=self.url, limits=limits, timeout=timeout, trust_env=False, follow_redirects=False
