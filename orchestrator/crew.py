@@ -200,8 +200,7 @@ class EngineCrew:
             ScaleError: It cannot be done, or the new engines did not start; engines that serve are as before.
         """
         change = parse_change(text)
-        if self._config.run.deterministic:
-            raise ScaleError(f"{text}: run.deterministic=true needs engines.replicas=1")
+        self._check_mode(text)
         async with self._scaling:
             actors = self._actors()
             serving = [actor.index for actor in actors if self._may_leave(actor)]
@@ -233,6 +232,15 @@ class EngineCrew:
         """In a split those that decode come and go."""
         serves = engine_name(actor.index, actor.attempt) in self.engines
         return serves and self._config.engines.role_of(actor.index) is not EngineRole.PREFILL
+
+    def _check_mode(self, text: str) -> None:
+        config = self._config
+        if config.run.deterministic:
+            raise ScaleError(f"{text}: run.deterministic=true needs engines.replicas=1")
+        if config.mode == "sync" and config.engines.kind == "synthetic":
+            raise ScaleError(
+                f"{text}: in mode=sync modelled engines train in turns on as many accelerators as at the start"
+            )
 
     def _check_resources(self, text: str, count: int) -> None:
         wanted = self._plan.resources.engine_gpus * count

@@ -133,7 +133,7 @@ class Watchdog:
         return Evidence(
             phase=phase,
             silent=parts.pulses.silent(SILENT_S),
-            away=[actor.name for actor in actors if actor.state != "serving"],
+            away=[actor.name for actor in actors if actor.state in ("starting", "dead")],
             learner_phase=self._learner_phase[0] or "waiting",
             learner_phase_s=now - self._learner_phase[1],
             publishing=None if publishing is None else publishing[0],
