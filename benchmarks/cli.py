@@ -14,6 +14,7 @@ BENCHMARKS = {
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
     "queue": "benchmarks.queue.command:queue",
+    "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }

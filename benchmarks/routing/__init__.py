@@ -1,0 +1,1 @@
+"""`millrace bench routing`: where sessions go, what they find there, and how evenly engines are loaded."""
