@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experience.wire import decode, encode
-from rollout_workers.engine_client import EngineClient, SubmitBatch, joined, remaining
-from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.engine_client import MAX_ABORTS, EngineClient, SubmitBatch, joined, remaining
+from rollout_workers.engines.protocol import EngineLoad, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 
 
@@ -38,11 +38,12 @@ class HandOperatedEngine:
         self._ready = asyncio.Event()
         self._dead = False
 
-    async def submit(self, batch: bytes) -> None:
+    async def submit(self, batch: bytes) -> bytes | None:
         if self._dead:
             raise ConnectionError("gone")
         self.batches.append(decode(batch, SubmitBatch))
         self.submitted.set()
+        return None
 
     async def collect(self, client: str) -> bytes:
         await self._ready.wait()
@@ -163,6 +164,126 @@ async def test_in_lock_step_nothing_is_sent_before_everybody_waits_and_the_order
     await submitted(engine, 3)
     assert [request.session_id for request in engine.requests] == ["a", "b", "c"]
     engine.answer(*(chunk(name, [1], FinishReason.STOP) for name in "abc"))
+    await asyncio.gather(*calls)
+    await client.close()
+
+
+async def test_what_an_engine_aborts_of_its_own_accord_goes_on_from_its_last_token() -> None:
+    engine, client = HandOperatedEngine(), EngineClient("w")
+    client.add_engine("e", engine)
+    call = asyncio.create_task(client.generate(request("a")))
+    await submitted(engine, 1)
+    engine.answer(chunk("a", [7, 8], FinishReason.ABORT))
+    await submitted(engine, 2)
+    again = engine.requests[1]
+    assert (again.prompt.tolist(), again.max_tokens, again.generated) == ([0, 1, 2, 7, 8], 2, 2)
+    engine.answer(chunk("a", [9], FinishReason.STOP))
+    assert (await call).tokens.tolist() == [7, 8, 9]
+    assert client.continued == 1
+    await client.close()
+
+
+async def test_a_request_that_engines_only_abort_fails_and_says_so() -> None:
+    engine, client = HandOperatedEngine(), EngineClient("w")
+    client.add_engine("e", engine)
+    call = asyncio.create_task(client.generate(request("a")))
+    for count in range(1, MAX_ABORTS + 2):
+        await submitted(engine, count)
+        engine.answer(chunk("a", [], FinishReason.ABORT))
+    with pytest.raises(EngineFault, match=f"aborted a request {MAX_ABORTS + 1} times, e was the last"):
+        await call
+    await client.close()
+
+
+async def released(engine: HandOperatedEngine, sessions: list[str]) -> None:
+    async with asyncio.timeout(5):
+        while [session for batch in engine.batches for session in batch.releases] != sessions:
+            engine.submitted.clear()
+            await engine.submitted.wait()
+
+
+async def test_a_release_travels_with_requests_and_waits_for_none_when_none_is_in_flight() -> None:
+    engine, client = HandOperatedEngine(), EngineClient("w")
+    client.add_engine("e", engine)
+    calls = [asyncio.create_task(client.generate(request(name))) for name in "ab"]
+    await submitted(engine, 2)
+    engine.answer(chunk("a", [1], FinishReason.STOP))
+    await calls[0]
+    client.release("a")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(engine.batches) == 1  # something is in flight: there will be company
+    engine.answer(chunk("b", [1], FinishReason.STOP))
+    await calls[1]
+    await released(engine, ["a"])
+    client.release("b")
+    await released(engine, ["a", "b"])
+    assert client.sessions == 0
+    await client.close()
+
+
+async def test_releasing_a_session_cancels_its_request() -> None:
+    engine, client = HandOperatedEngine(), EngineClient("w")
+    client.add_engine("e", engine)
+    call = asyncio.create_task(client.generate(request("a")))
+    await submitted(engine, 1)
+    client.release("a")
+    await asyncio.wait([call], timeout=5)
+    assert call.cancelled()
+    await released(engine, ["a"])
+    assert [name for batch in engine.batches for name in batch.aborts] == ["a"]
+    assert client.in_flight == client.sessions == 0
+    await client.close()
+
+
+async def test_a_session_that_leaves_an_engine_with_too_many_is_released_there() -> None:
+    first, second, client = HandOperatedEngine(), HandOperatedEngine(), EngineClient("w")
+    client.add_engine("first", first)
+    names = [f"s{index}" for index in range(20)]
+    calls = [asyncio.create_task(client.generate(request(name))) for name in names]
+    await submitted(first, 20)
+    first.answer(*(chunk(name, [1], FinishReason.STOP) for name in names))
+    await asyncio.gather(*calls)
+    client.add_engine("second", second)
+    again = asyncio.create_task(client.generate(request("s0")))
+    await submitted(second, 1)
+    await released(first, ["s0"])
+    second.answer(chunk("s0", [1], FinishReason.STOP))
+    await again
+    await client.close()
+
+
+class TalkativeEngine(HandOperatedEngine):
+    """Answers submissions with what the test says of its load."""
+
+    def __init__(self, **load: int) -> None:
+        super().__init__()
+        self.load = EngineLoad(**load)  # type: ignore[arg-type]
+
+    async def submit(self, batch: bytes) -> bytes:
+        await super().submit(batch)
+        return encode(self.load)
+
+
+async def test_new_sessions_avoid_an_engine_that_others_load() -> None:
+    heard: list[tuple[str, EngineLoad]] = []
+    client = EngineClient("w", on_load=lambda name, load: heard.append((name, load)))
+    busy = TalkativeEngine(sessions=9, requests=4, own_sessions=1, own_requests=1)
+    idle = TalkativeEngine(sessions=1, requests=1, own_sessions=1, own_requests=1)
+    client.add_engine("busy", busy)
+    client.add_engine("idle", idle)
+    calls = [asyncio.create_task(client.generate(request(name))) for name in "ab"]
+    await submitted(busy, 1)
+    await submitted(idle, 1)
+    async with asyncio.timeout(5):
+        while len(heard) < 2:
+            await asyncio.sleep(0)
+    assert dict(heard) == {"busy": busy.load, "idle": idle.load}
+    calls += [asyncio.create_task(client.generate(request(name))) for name in "cdef"]
+    await submitted(idle, 5)
+    assert len(busy.requests) == 1
+    for engine in (busy, idle):
+        engine.answer(*(chunk(each.request_id, [1], FinishReason.STOP) for each in engine.requests))
     await asyncio.gather(*calls)
     await client.close()
 
