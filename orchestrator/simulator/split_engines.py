@@ -166,7 +166,7 @@ class SplitEngines(Engines):
         request.moving = request.stale = request.prefilling = False
         request.trip += 1
         home = self._chooser.home(session)
-        first, decode = self._chooser.choose(session, context), self._chooser.decode_of(session)
+        first, decode = self._chooser.choose(session, context, request.group), self._chooser.decode_of(session)
         if first is None or decode is None:
             request.replica = ""
             self._homeless.append(request)
@@ -180,7 +180,7 @@ class SplitEngines(Engines):
             self._decode(request, delivered=0)
             return
         unit = self._seat(request, first)
-        unit.prefill(request.id, request.session, context, self._loop.now, request.asked_at, request.begun)
+        unit.prefill(request.id, session, context, self._loop.now, request.asked_at, request.begun, request.group)
         self._arm(request.replica, request.unit)
 
     def _decode(self, request: _Request, delivered: int) -> None:
@@ -194,6 +194,7 @@ class SplitEngines(Engines):
             delivered=delivered,
             asked_at=request.asked_at,
             begun=request.begun,
+            group=request.group,
         )
         self._arm(request.replica, request.unit)
 

@@ -153,14 +153,21 @@ class Accelerator:
         self._enqueue(request, now)
 
     def prefill(
-        self, request_id: str, session_id: str, prompt_tokens: int, now: float, asked_at: float, begun: bool = False
+        self,
+        request_id: str,
+        session_id: str,
+        prompt_tokens: int,
+        now: float,
+        asked_at: float,
+        begun: bool = False,
+        group: str = "",
     ) -> None:
         """Queue a prompt that is to be decoded elsewhere: the request ends, without tokens, when its KV is computed.
 
         Raises ValueError for an id in flight, or a prompt larger than the whole KV.
         """
         request = Request(request_id, session_id, prompt_tokens, 0, asked_at)
-        request.begun = begun
+        request.begun, request.group = begun, group
         self._enqueue(request, now)
 
     def _enqueue(self, request: Request, now: float) -> None:

@@ -1,7 +1,8 @@
 """The synthetic engine: several modelled accelerators behind one front, requests in, chunks out. No clock of its own.
 
 A request makes exactly the tokens that it may make (``max_tokens``, or what is left of ``max_len``): lengths are the
-workload's. Sessions stick to an accelerator, whose KV they can reuse.
+workload's. Sessions stick to an accelerator, whose KV they can reuse. A request with a ``kv_target`` ends as handed over when its
+prompt is computed and its KV has arrived there, in modelled time; one with a ``kv_source`` computes no prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from experience.accounting import Cause
 from rollout_workers.engines.protocol import EngineHealth, FinishReason, GenerateRequest, KvPolicy, TokenChunk
 from rollout_workers.engines.synthetic.accelerator import Accelerator, Completion
 from rollout_workers.engines.synthetic.cost_model import CostModel
+from rollout_workers.engines.synthetic.sending import Sending
 from rollout_workers.engines.synthetic.weights import VersionedWeights, Vocabulary
 from rollout_workers.router import Router
 
@@ -50,6 +52,8 @@ class SyntheticEngine:
         for index in range(accelerators):
             self._router.add(str(index))
         self._in_flight: dict[str, _InFlight] = {}
+        self.sending = Sending(cost, accelerators)
+        """KV on its way to engines that decode."""
         self._busy_sessions: set[str] = set()
         self._ended: list[TokenChunk] = []
         self._paused = False
@@ -73,14 +77,19 @@ class SyntheticEngine:
         index = int(chosen)
         self._in_flight[request.request_id] = _InFlight(request, index)
         self._busy_sessions.add(request.session_id)
-        output = min(request.max_tokens, self._max_len - len(request.prompt))
-        self.accelerators[index].submit(
+        prompt, accelerator = len(request.prompt), self.accelerators[index]
+        if request.kv_target is not None:
+            accelerator.prefill(request.request_id, request.session_id, prompt, now, now, group=request.prefix_group)
+            return
+        accelerator.submit(
             request.request_id,
             request.session_id,
-            len(request.prompt),
-            output,
+            prompt,
+            min(request.max_tokens, self._max_len - prompt),
             now,
             request.pinned_version,
+            delivered=prompt if request.kv_source else 0,
+            begun=bool(request.kv_source),
             group=request.prefix_group,
         )
 
@@ -90,6 +99,8 @@ class SyntheticEngine:
         if known is None:
             return
         completion = self.accelerators[known.accelerator].abort(request_id, now)
+        if completion is None and self.sending.stop(request_id):
+            completion = Completion(request_id, [], 0)
         if completion is not None:
             self._ended.append(self._finish(completion, FinishReason.ABORT))
 
@@ -99,6 +110,7 @@ class SyntheticEngine:
 
     def release(self, session_id: str, now: float) -> None:
         """The session will not come back."""
+        self.sending.forget(session_id)
         home = self._router.release(session_id)
         if home is not None:
             self.accelerators[int(home)].release(session_id, now)
@@ -132,7 +144,8 @@ class SyntheticEngine:
         """When there will be chunks, or anything else to do, if nothing is submitted; None: never."""
         if self._ended:
             return 0.0
-        return min((at for unit in self.accelerators if (at := unit.next_event()) is not None), default=None)
+        times = [unit.next_event() for unit in self.accelerators] + [self.sending.next_event()]
+        return min((at for at in times if at is not None), default=None)
 
     def advance(self, now: float) -> list[TokenChunk]:
         """Live up to ``now``; returns the chunks of the requests that have ended since the last call."""
@@ -140,8 +153,29 @@ class SyntheticEngine:
         for accelerator in self.accelerators:
             at = accelerator.next_event()
             if at is not None and at <= now:
-                chunks += [self._finish(done, FinishReason.LENGTH) for done in accelerator.advance(now)]
+                for done in accelerator.advance(now):
+                    if not self._send(done, now):
+                        chunks.append(self._finish(done, FinishReason.LENGTH))
+        for request_id in self.sending.arrived(now):
+            chunks.append(self._finish(Completion(request_id, [], 0), FinishReason.HANDED_OVER))
         return chunks
+
+    def _send(self, done: Completion, now: float) -> bool:
+        """If another engine decodes this request, its KV goes there."""
+        known = self._in_flight[done.request_id]
+        request, target = known.request, known.request.kv_target
+        if target is None:
+            return False
+        self.sending.computed(
+            request.request_id,
+            request.session_id,
+            target.engine,
+            len(request.prompt),
+            done.cached_tokens,
+            known.accelerator,
+            now,
+        )
+        return True
 
     def seconds(self, now: float) -> dict[Cause, float]:
         """Accelerator-seconds by cause, over all accelerators."""
