@@ -267,7 +267,13 @@ class TalkativeEngine(HandOperatedEngine):
 
 async def test_new_sessions_avoid_an_engine_that_others_load() -> None:
     heard: list[tuple[str, EngineLoad]] = []
-    client = EngineClient("w", on_load=lambda name, load: heard.append((name, load)))
+    told = asyncio.Event()
+
+    def on_load(name: str, load: EngineLoad) -> None:
+        heard.append((name, load))
+        told.set()
+
+    client = EngineClient("w", on_load=on_load)
     busy = TalkativeEngine(sessions=9, requests=4, own_sessions=1, own_requests=1)
     idle = TalkativeEngine(sessions=1, requests=1, own_sessions=1, own_requests=1)
     client.add_engine("busy", busy)
@@ -277,7 +283,8 @@ async def test_new_sessions_avoid_an_engine_that_others_load() -> None:
     await submitted(idle, 1)
     async with asyncio.timeout(5):
         while len(heard) < 2:
-            await asyncio.sleep(0)
+            told.clear()
+            await told.wait()
     assert dict(heard) == {"busy": busy.load, "idle": idle.load}
     calls += [asyncio.create_task(client.generate(request(name))) for name in "cdef"]
     await submitted(idle, 5)
