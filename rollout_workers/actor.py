@@ -140,7 +140,7 @@ class RolloutWorkerActor:
         engines = self.worker.engines
         if isinstance(engines, PairedEngineClient):
             role, address = await handle.kv_place.remote()
-            engines.add_paired_engine(name, RayEngineHandle(handle), EngineRole(role), address)
+            engines.add_paired_engine(name, RayEngineHandle(handle), EngineRole(role), address, since)
         else:
             engines.add_engine(name, RayEngineHandle(handle), since)
 

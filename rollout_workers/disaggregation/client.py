@@ -50,11 +50,13 @@ class PairedEngineClient(EngineClient):
         self.failed: dict[str, int] = {}
         """Hand-offs that failed, by reason."""
 
-    def add_paired_engine(self, name: str, handle: EngineHandle, role: EngineRole, address: str) -> None:
-        """An engine that serves the current weights joins; ``address``: where it takes KV."""
+    def add_paired_engine(
+        self, name: str, handle: EngineHandle, role: EngineRole, address: str, since: int = 0
+    ) -> None:
+        """An engine joins that has no older version than ``since``; ``address``: where it takes KV."""
         self._addresses[name] = address
         self.pairs.add(name, role)
-        self.add_engine(name, handle)
+        self.add_engine(name, handle, since)
 
     def set_role(self, name: str, role: EngineRole) -> None:
         """An engine has another role from now on; what it has in flight, it finishes."""

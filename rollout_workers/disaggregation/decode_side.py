@@ -117,9 +117,7 @@ class DecodeSide:
             case End():
                 self._ended(message)
             case Cancel():
-                incoming = self._incoming.get(message.handoff_id)
-                if incoming is not None:
-                    self._give_up(incoming, Reason(message.reason) if message.reason in set(Reason) else Reason.DAMAGED)
+                self._cancelled(message)
             case _:
                 logger.warning("%s sent a %s to a decode engine", link.peer, type(message).__name__)
 
@@ -136,6 +134,15 @@ class DecodeSide:
         )
         for incoming in cut:
             self._give_up(incoming, Reason.LOST)
+
+    def _cancelled(self, cancel: Cancel) -> None:
+        incoming = self._incoming.get(cancel.handoff_id)
+        if incoming is None:
+            return
+        reason = Reason(cancel.reason) if cancel.reason in set(Reason) else Reason.DAMAGED
+        self._give_up(incoming, reason)
+        if reason is Reason.RELEASED and not self._engine.scheduler.busy(incoming.session):
+            self._engine.release(incoming.session)
 
     def _announced(self, link: KvLink, announce: Announce) -> None:
         for other in [each for each in self._incoming.values() if each.session == announce.session]:

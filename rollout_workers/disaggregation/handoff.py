@@ -40,6 +40,7 @@ class Reason(StrEnum):
     NO_ROOM = "no_room"
     LAYOUT = "other_layout"
     ABORTED = "aborted"
+    RELEASED = "session_released"
     LOST = "engine_lost"
     LATE = "timed_out"
     DAMAGED = "damaged"

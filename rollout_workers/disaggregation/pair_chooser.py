@@ -112,14 +112,16 @@ class PairChooser(Router):
             self._roles[engine] = role
             self._seat()
 
-    def choose(self, session: str, tokens: int = 0, group: str = "") -> str | None:
+    def choose(
+        self, session: str, tokens: int = 0, group: str = "", among: Sequence[str] | None = None
+    ) -> str | None:
         """The engine that a request with a prompt of ``tokens`` goes to first, counted as started; None when there is none.
 
         If it is not `decode_of` the session, it prefills and hands over to that one. An earlier request of the session
         counts as over.
         """
         self._close(session)
-        decode = super().choose(session, tokens, group)
+        decode = super().choose(session, tokens, group, among)
         if decode is None:
             return None
         ticket = self._tickets[session] = Ticket(tokens, decode, self._seats[decode])

@@ -104,21 +104,26 @@ class PrefillSide:
         target = request.kv_target
         assert target is not None
         engine = self._engine
-        for other in [out for out in self._outgoing.values() if out.request.session_id == request.session_id]:
+        for other in self._of_session(request.session_id):
             self._fail(other, Reason.ABORTED)
+        try:
+            line = self._line(target.address)
+        except KvLinkError as error:
+            logger.error("hand-off %s: %s; the request stays here", target.handoff_id, error)
+            engine.submit(msgspec.structs.replace(request, kv_target=None))
+            return
         before, idle = engine.kv.computed(request.session_id), not engine.has_work
         engine.submit(msgspec.structs.replace(request, max_tokens=1, kv_target=None))
         version = engine.weights.version if request.pinned_version is None else request.pinned_version
         handoff = Handoff(target.handoff_id, version, max(1, len(request.prompt)))
-        try:
-            line = self._line(target.address)
-        except KvLinkError as error:
-            logger.error("hand-off %s: %s", target.handoff_id, error)
-            self._counters.handoffs_failed += 1
-            return
         out = self._outgoing[request.request_id] = _Outgoing(request, target, handoff, line, before)
         if idle:
             self._announce(out)
+
+    def release(self, session: str) -> None:
+        """A session is over: the decode engine shall not keep what has arrived."""
+        for out in self._of_session(session):
+            self._fail(out, Reason.RELEASED)
 
     def stepped(self, chunks: list[TokenChunk]) -> list[TokenChunk]:
         """After a step: send what it computed. Returns the chunks that go to the clients now."""
@@ -151,7 +156,7 @@ class PrefillSide:
         goes_on = reason is FinishReason.LENGTH and out.request.max_tokens > 1
         if out.handoff.reason is not None:
             self._forget(out)
-            given_up = goes_on or reason is FinishReason.ABORT
+            given_up = goes_on or (reason is FinishReason.ABORT and out.handoff.reason is not Reason.RELEASED)
             return [_handed_over(chunk, out.handoff.reason) if given_up else chunk]
         if goes_on:
             self._engine.kv.hold(out.request.session_id)
@@ -181,6 +186,9 @@ class PrefillSide:
             return
         self._engine.abort(out.request.request_id)  # the next step's chunks have what it has so far
         self._wake()
+
+    def _of_session(self, session: str) -> list[_Outgoing]:
+        return [out for out in self._outgoing.values() if out.request.session_id == session]
 
     def _forget(self, out: _Outgoing) -> None:
         if out.timer is not None:

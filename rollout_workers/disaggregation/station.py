@@ -77,6 +77,7 @@ class KvStation:
             self._engine.abort(request_id)
 
     def release(self, session_id: str) -> None:
+        self._prefill.release(session_id)
         self._decode.release(session_id)
         self._engine.release(session_id)
 

@@ -201,9 +201,10 @@ class KvExchange:
             at += size
 
     @torch.inference_mode()
-    def _leave(self, slot: int) -> None:
-        """Park the session of a slot that is about to be freed."""
+    def _leave(self, slot: int, coming: str) -> None:
+        """Park the session of a slot that is about to be freed for ``coming``, which may have to come out of the park."""
         table = self.table
+        self.park.hold(coming, held=True)
         session, length = table.session[slot], int(table.kv_length[slot])
         nbytes = length * self.token_bytes if self.park.budget else 0
         if session is None or not nbytes or not self.park.fits(nbytes, instead_of=session):

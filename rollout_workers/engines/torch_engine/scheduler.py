@@ -82,8 +82,8 @@ class Scheduler:
         self._admitted = 0
         self._last_pin = SERVED
         self._waiting_sessions: set[str] = set()
-        self.on_evicted: Callable[[int], None] = _nothing
-        """Called with a slot whose idle session is about to lose it."""
+        self.on_evicted: Callable[[int, str], None] = _nobody_parks
+        """Called with a slot whose idle session is about to lose it, and the session that gets it."""
         self.on_seated: Callable[[int], None] = _nothing
         """Called with a slot that was just given to a session."""
         self.on_shared: Callable[[int, int, int], None] = _nothing_shared
@@ -148,21 +148,21 @@ class Scheduler:
         taken from its session."""
         slot = self.table.slot_of.get(session_id)
         if slot is None:
-            if not self.table.free and not self._evict(spare):
+            if not self.table.free and not self._evict(session_id, spare):
                 return None
             slot = self.table.take(session_id)
             self.on_seated(slot)
         return slot
 
-    def _evict(self, spare: int | None = None) -> bool:
-        """Free the idle slot that was unused longest, one whose session has a request waiting only if all have."""
+    def _evict(self, coming: str, spare: int | None = None) -> bool:
+        """Free for session ``coming`` the idle slot that was unused longest, one whose session has a request waiting only if all have."""
         table = self.table
         idle = [slot for slot in table.idle if slot != spare] or list(table.idle)
         victim = next((slot for slot in idle if table.session[slot] not in self._waiting_sessions), None)
         victim = next(iter(idle), None) if victim is None else victim
         if victim is None:
             return False
-        self.on_evicted(victim)
+        self.on_evicted(victim, coming)
         table.drop(victim)
         self.evicted += 1
         return True
@@ -292,6 +292,10 @@ def worth_recomputing(
 
 
 def _nothing(slot: int) -> None:
+    """For when nobody parks."""
+
+
+def _nobody_parks(slot: int, coming: str) -> None:
     """For when nobody parks."""
 
 
