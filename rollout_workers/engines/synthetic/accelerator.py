@@ -29,12 +29,7 @@ class Accelerator:
     """A cost model run in time. Request ids are unique among those in flight; one request a session at a time."""
 
     def __init__(
-        self,
-        cost: CostModel,
-        version: int,
-        now: float,
-        lane: str | None = None,
-        recorder: Recorder | None = None,
+        self, cost: CostModel, version: int, now: float, lane: str | None = None, recorder: Recorder | None = None
     ) -> None:
         """``lane``: keep the spans of every cause for a timeline under this name (they must be taken, or they pile up).
 
@@ -113,13 +108,9 @@ class Accelerator:
     @property
     def backlog_tokens(self) -> float:
         """Prompt tokens still to compute of all requests in flight, if nothing cached is evicted meanwhile."""
-        begun = sum(request.prefill for request in self._prefilling if not request.gone)
-        waiting = sum(
-            max(0, request.prompt - max(request.delivered, self.kv.held(request.session)))
-            for request in self._waiting
-            if not request.gone
-        )
-        return begun + waiting
+        begun = sum(one.prefill for one in self._prefilling if not one.gone)
+        waiting = [one.prompt - max(one.delivered, self.kv.held(one.session)) for one in self._waiting if not one.gone]
+        return begun + sum(max(0, tokens) for tokens in waiting)
 
     def submit(
         self,
@@ -281,24 +272,19 @@ class Accelerator:
                 self._depth += elapsed * rate
         if self._tokens is not None:
             self._tokens.passed(elapsed, rate, self._running)
-            use = self._tokens.recorder.use
-            use.seconds += elapsed
-            use.busy_s += elapsed if self._cause in WORK else 0.0
-            use.sequence_s += elapsed * self._running
-            use.kv_capacity += elapsed * self.kv.capacity
-            use.kv_running += elapsed * self.kv.reserved_tokens
-            use.kv_suspended += elapsed * self.kv.idle_tokens
+            self._tokens.recorder.use.add(elapsed, self._cause in WORK, self._running, self.kv)
         self._now = until
 
     def _pass_shared(self, step: SharedStep, elapsed: float) -> None:
         """A prompt is computed in the steps of the running sequences; the lane shows both parts one after the other."""
         self._prefilling[0].prefill -= elapsed * step.prefill_rate
         self._depth += elapsed * step.sequence_rate
-        for cause, share in ((Cause.PREFILL, step.prefill_share), (Cause.DECODE, 1.0 - step.prefill_share)):
-            self._seconds[cause] = self._seconds.get(cause, 0.0) + share * elapsed
-        if self._account is not None:
-            self._account.switch(Cause.PREFILL, self._now)
-            self._account.switch(Cause.DECODE, self._now + step.prefill_share * elapsed)
+        at, prefill_s = self._now, step.prefill_share * elapsed
+        for cause, seconds in ((Cause.PREFILL, prefill_s), (Cause.DECODE, elapsed - prefill_s)):
+            self._seconds[cause] = self._seconds.get(cause, 0.0) + seconds
+            if self._account is not None:
+                self._account.switch(cause, at)
+            at += seconds
 
     def _happen(self) -> None:
         """The event that was planned for now."""

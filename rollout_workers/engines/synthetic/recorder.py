@@ -6,6 +6,8 @@ import copy
 import math
 from dataclasses import dataclass, field, fields
 
+from rollout_workers.engines.synthetic.kv_cache import KvCache
+
 LEAST_S = 1e-5
 GROWTH = 1.02
 """Each bin of a histogram is so much wider than the one before: what is read from it is off by at most 1 %."""
@@ -73,6 +75,15 @@ class Use:
     """Of sessions between two turns."""
     evicted_tokens: float = 0.0
     """KV of such sessions that made room."""
+
+    def add(self, elapsed: float, working: bool, decoding: int, kv: KvCache) -> None:
+        """An accelerator has spent ``elapsed`` seconds so."""
+        self.seconds += elapsed
+        self.busy_s += elapsed if working else 0.0
+        self.sequence_s += elapsed * decoding
+        self.kv_capacity += elapsed * kv.capacity
+        self.kv_running += elapsed * kv.reserved_tokens
+        self.kv_suspended += elapsed * kv.idle_tokens
 
     def since(self, earlier: Use) -> Use:
         """What was added since ``earlier``."""
