@@ -1,0 +1,84 @@
+"""Whole runs of the real command over real servers: they train, survive a killed server, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from contract_engine import require_environment
+from run_processes import MillraceProcess, assert_balanced, command_line, summary_of, training_lines
+from server_helpers import all_gone
+
+KINDS = ["vllm", "sglang"]
+SMALL = [
+    "rollout.groups_per_update=4",
+    "rollout.group_size=4",
+    "rollout.concurrency=16",
+    "tasks.held_out=8",
+    "tasks.environment=coin_environment:CoinEnvironment",
+    "engines.slots=16",
+    "run.startup_timeout_s=600",
+]
+PATIENCE_S = 600.0
+
+
+def settings(kind: str, model: Path, run: Path, *more: str) -> list[str]:
+    return ["configs/smoke.yaml", f"engines.kind={kind}", f"model.path={model}", f"run.dir={run}", *SMALL, *more]
+
+
+def servers(kind: str, model: Path) -> list[psutil.Process]:
+    """The server processes that serve this model (not what they started)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = f".venv-{kind}" in command_line(process) and str(model) in command_line(process)
+            if mine and "guardian.py" in command_line(process.parent() or process):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return [process for process in found if "guardian.py" not in command_line(process)]
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_over_a_real_server_trains_and_leaves_nothing_behind(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    require_environment(kind)
+    run = tmp_path / "run"
+    process = MillraceProcess("train", *settings(kind, tiny_model, run, "run.steps=5"), directory=run)
+    process.wait_for_step(2, PATIENCE_S)
+    (server,) = servers(kind, tiny_model)
+    started = [server.pid, *(child.pid for child in server.children(recursive=True))]
+    assert process.wait(PATIENCE_S) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert_balanced(summary)
+    assert summary["ledger"]["trained"] == 5 * 4
+    assert summary["lag_max"] <= summary["max_lag"]
+    assert len(training_lines(run)) == 5
+    assert (run / "logs" / f"engine-0.0-{kind}.log").stat().st_size > 0
+    assert all_gone(started, 30)
+
+
+@pytest.mark.engines_slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_9_of_a_server_under_load_does_not_end_the_run(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    require_environment(kind)
+    run = tmp_path / "run"
+    arguments = settings(kind, tiny_model, run, "run.steps=16", "engines.replicas=2", "cluster.num_cpus=8")
+    process = MillraceProcess("train", *arguments, directory=run)
+    process.wait_for_step(2, PATIENCE_S)
+    killed = servers(kind, tiny_model)[0]
+    os.kill(killed.pid, signal.SIGKILL)
+    assert process.wait(2 * PATIENCE_S) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert_balanced(summary)
+    assert summary["ledger"]["trained"] == 16 * 4
+    assert summary["actors_replaced"] >= 1
+    assert "killed by signal SIGKILL" in process.output
+    assert servers(kind, tiny_model) == []
