@@ -103,7 +103,7 @@ class ControlServer:
         self._tasks.add(task)
         try:
             await self._answer(reader, writer)
-        except (ConnectionError, TimeoutError, ValueError) as error:
+        except (ConnectionError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
             logger.info("a command was not taken: %s", error)
         except asyncio.CancelledError:
             _send(writer, Answer(error="the run has ended"))
@@ -114,7 +114,7 @@ class ControlServer:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(HELLO_S):
             line = await reader.readline()
-        command = msgspec.json.decode(line, type=Command)  # a ValidationError is a ValueError
+        command = msgspec.json.decode(line, type=Command)
         if not hmac.compare_digest(command.token, self._token):
             logger.warning("a command with a wrong token was refused")
             return
@@ -183,8 +183,8 @@ def give_command(run: RunDirectory, name: str, text: str, say: Say, silence_s: f
                 f"the controller of {run.path} (process {where.pid}) has said nothing for {silence_s:g} s; see "
                 f"{run.logs}/controller-0-*.log"
             ) from None
-        except OSError as error:
-            raise ControlError(f"the run at {run.path} broke the connection: {error.strerror or error}") from None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ControlError(f"the run at {run.path} broke the connection: {error}") from None
 
 
 def _listen(connection: socket.socket, say: Say) -> dict[str, Any]:

@@ -117,6 +117,7 @@ class LocalFleet:
 
     async def transfer(self, version: int, members: list[tuple[str, Any]]) -> list[str]:
         offer = self.sender.offer([name for name, _ in members])
+        self.sender.send()
         results = await asyncio.gather(*(h.stage.remote(offer) for _, h in members), return_exceptions=True)
         return [name for (name, _), result in zip(members, results, strict=True) if result == version]
 

@@ -160,7 +160,7 @@ def test_synthetic_engines_are_killed_and_stopped(tmp_path: Path) -> None:
         assert "no answer within" in condemned.detail
         run.assert_rerouted(condemned.at, 2)
         run.wait_for("serving", 4)
-        assert not alive(stopped.pid), "the process that stood still is still there"
+        process._wait_until(lambda: not alive(stopped.pid), "end of the process that stood still", 30)
         run.steps_go_on()
         summary = run.end()
     finally:
