@@ -95,7 +95,7 @@ class Processes:
             seed=config.seed,
             workload_file=self.run.workload / f"worker-{index}-{self.attempt_base + attempt}.jsonl",
             workload_header=self._workload_header(),
-            handoff=config.engines.handoff if config.engines.split and config.engines.kind != "synthetic" else None,
+            handoff=config.engines.handoff if config.engines.split else None,
         )
         return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
 

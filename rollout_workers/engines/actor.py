@@ -79,9 +79,13 @@ class EngineActor:
             for accelerator in self._engine.accelerators:
                 process_books().adopt(accelerator, accelerator.began_at)
         else:
-            lane = process_books().actor
-            fixed = self._role is not EngineRole.MIXED and self._config.roles == "fixed"
-            self._account = process_books().account(f"{lane}.{self._role.value}" if fixed else lane)
+            self._account = process_books().account(self._lane())
+
+    def _lane(self) -> str:
+        """Its name in the timeline; a role that may change is no part of it."""
+        actor = process_books().actor
+        fixed = self._role is not EngineRole.MIXED and self._config.roles == "fixed"
+        return f"{actor}.{self._role.value}" if fixed else actor
 
     def _open_station(self) -> Any:
         from rollout_workers.disaggregation.station import KvStation
@@ -104,7 +108,7 @@ class EngineActor:
         if self._config.kind == "synthetic":
             from rollout_workers.engines.synthetic.driver import build_driver
 
-            return build_driver(self._config, path, version, lane=process_books().actor)
+            return build_driver(self._config, path, version, lane=self._lane())
         from rollout_workers.engines.torch_engine import build_engine
 
         return build_engine(self._config, path, dtype, threads, version)
