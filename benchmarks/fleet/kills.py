@@ -119,7 +119,7 @@ def report(
 def _one_kill(plan: KillPlan, run: RunDirectory, watch: _Watch) -> dict[str, Any]:
     """Kill an engine, and wait until its requests have another place and another engine has taken its own."""
     seen = len(read_fleet_events(run.fleet_events))
-    victim = _victim(plan, watch.process.pid)
+    victim = _server(plan, run.logs) if plan.below else _actor(plan, watch.process.pid)
     killed_at = time.time()
     os.kill(victim, signal.SIGKILL)
 
@@ -142,8 +142,8 @@ def _one_kill(plan: KillPlan, run: RunDirectory, watch: _Watch) -> dict[str, Any
     }
 
 
-def _victim(plan: KillPlan, pid: int) -> int:
-    """The process to kill: an engine's actor, or the server below it."""
+def _actor(plan: KillPlan, pid: int) -> int:
+    """The process of an engine's actor, below the run's command ``pid``."""
     title = f"ray::{ACTORS[plan.kind]}"
     engines = sorted(
         (child for child in psutil.Process(pid).children(recursive=True) if title in _command(child)),
@@ -151,12 +151,25 @@ def _victim(plan: KillPlan, pid: int) -> int:
     )
     if not engines:
         raise KillsError(f"no process of {title} is there")
-    if not plan.below:
-        return int(engines[0].pid)
-    servers = engines[0].children(recursive=True)
-    if not servers:
-        raise KillsError(f"the actor of {title} has no server process below it")
-    return int(max(servers, key=lambda child: child.memory_info().rss).pid)
+    return int(engines[0].pid)
+
+
+def _server(plan: KillPlan, logs: Path) -> int:
+    """The largest process that writes to the log of a server of this run."""
+    ending = f"-{plan.kind}.log"
+    sizes: dict[int, int] = {}
+    for process in psutil.process_iter():
+        try:
+            paths = [Path(file.path) for file in process.open_files()]
+            if any(path.parent == logs and path.name.endswith(ending) for path in paths):
+                sizes[process.pid] = process.memory_info().rss
+        except psutil.Error:
+            continue
+    if not sizes:
+        raise KillsError(
+            f"no process writes to {logs}/*{ending}: engines of kind {plan.kind} have no server below them"
+        )
+    return max(sizes, key=lambda pid: sizes[pid])
 
 
 def _command(process: psutil.Process) -> str:
