@@ -43,6 +43,8 @@ class PairedEngineClient(EngineClient):
         self._serial = 0
         self._handoff_of: dict[str, str] = {}
         """request -> the hand-off that it is in."""
+        self._kv_drops: dict[str, int] = {}
+        """How often each engine had dropped its KV when it was last heard of."""
         self._attempts: dict[str, int] = {}
         """request -> hand-offs that failed because an engine was lost."""
         self.handed_over = 0
@@ -88,6 +90,12 @@ class PairedEngineClient(EngineClient):
         handoff_id = self._handoff_of[request.request_id] = f"{self.client}/{self._serial}"
         target = KvTarget(handoff_id=handoff_id, engine=decode, address=self._addresses[decode])
         return name, msgspec.structs.replace(request, kv_target=target)
+
+    def _heard(self, name: str, load: EngineLoad) -> None:
+        if load.kv_drops != self._kv_drops.get(name, 0):
+            self._kv_drops[name] = load.kv_drops
+            self.pairs.dropped_kv(name)
+        super()._heard(name, load)
 
     def _accept(self, name: str, chunk: TokenChunk) -> None:
         if chunk.finish_reason is not FinishReason.HANDED_OVER:

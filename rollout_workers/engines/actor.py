@@ -198,6 +198,8 @@ class EngineActor:
                 account.switch(Cause.WEIGHT_STALL, clock())
             served = self._engine.commit(version, KvPolicy(kv))
             account.switch(before, clock())
+        if KvPolicy(kv) is KvPolicy.RECOMPUTE:
+            self._clients.kv_drops += 1
         if self._station is not None:
             self._station.committed()
         self._work.set()

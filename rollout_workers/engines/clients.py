@@ -26,6 +26,8 @@ class ClientBook:
         """Requests by client."""
         self.finished = 0
         """Requests that ended since the engine began."""
+        self.kv_drops = 0
+        """Times that the KV of all sessions between two turns was dropped."""
 
     def took(self, batch: SubmitBatch) -> None:
         """A submission has arrived. Its releases are meant for sessions before its requests."""
@@ -76,6 +78,7 @@ class ClientBook:
             kv_used=health.kv_used if health is not None else 0.0,
             lost=health.evicted_sessions if health is not None else 0,
             finished=self.finished,
+            kv_drops=self.kv_drops,
         )
 
     def _release(self, session: str) -> None:

@@ -186,6 +186,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Sessions and requests whose KV had to make room for others, since the engine began."""
     finished: int = 0
     """Requests that ended, since the engine began."""
+    kv_drops: int = 0
+    """Times that it dropped the KV of all sessions between two turns (for new weights), since it began."""
 
 
 class InferenceEngine(Protocol):
