@@ -134,6 +134,7 @@ class ServerEngineActor:
                 threads=threads or config.threads,
                 role=self._role,
                 kv_port=0 if self._role == "mixed" else free_port(HOST),
+                python=str(python),
                 plugin_path=str(ROOT),
             )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Mapping
 from typing import Any
 
 from rollout_workers.engines.servers.adapter import Launch
 from rollout_workers.engines.servers.arguments import merged, normal, to_command
+from rollout_workers.engines.servers.device import data_type, on_cpu
 from rollout_workers.engines.sglang.config import SglangConfig
 from rollout_workers.engines.sglang.disaggregation import role_arguments, role_environment
 from weight_sync.engine_plugin.sglang_messages import MODEL_PATH
@@ -26,7 +24,11 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
     defaults = {
         **(_cpu_arguments(launch) if cpu else {}),
         "skip_server_warmup": True,
-        "decode_log_interval": 1000,
+        # The figures that /metrics gives are taken when they are logged.
+        "decode_log_interval": 8,
+        "log_level": "warning",
+        # The others draw without regard to a request's seed, or end the server over one.
+        "sampling_backend": "pytorch",
         "chunked_prefill_size": launch.prefill_tokens,
         **role_arguments(launch, cpu),
     }
@@ -35,7 +37,7 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         "host": launch.host,
         "port": launch.port,
         "device": "cpu" if cpu else "cuda",
-        "dtype": data_type(launch, cpu),
+        "dtype": data_type(launch),
         "context_length": launch.max_len + HEADROOM,
         "max_running_requests": launch.slots,
         "random_seed": launch.seed,
@@ -69,27 +71,6 @@ def environment(config: SglangConfig, launch: Launch) -> dict[str, str]:
     return variables | config.env
 
 
-def on_cpu(launch: Launch) -> bool:
-    """Whether the server computes on the CPU; ``auto`` takes a GPU where this machine has one to give."""
-    if launch.device == "auto":
-        return not gpu_at_hand(os.environ)
-    return launch.device == "cpu"
-
-
-def gpu_at_hand(environ: Mapping[str, str]) -> bool:
-    """Whether a process started from here would see a CUDA device (torch is not asked: it would hold on to it)."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return False
-    return bool(glob.glob("/dev/nvidia[0-9]*"))
-
-
-def data_type(launch: Launch, cpu: bool) -> str:
-    if launch.dtype != "auto":
-        return launch.dtype
-    return "float32" if cpu else "bfloat16"
-
-
 def ranks(config: SglangConfig) -> int:
     """Processes among which the server splits each tensor."""
     given = {normal(name): value for name, value in config.args.items()}
@@ -100,7 +81,6 @@ def _cpu_arguments(launch: Launch) -> dict[str, Any]:
     """What SGLang needs on a CPU without matrix instructions of its own, and a KV cache of the size that was asked for."""
     return {
         "attention_backend": "torch_native",
-        "sampling_backend": "pytorch",
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,
         "mem_fraction_static": 0.5,

@@ -77,6 +77,10 @@ class SglangStreamParser:
             raise ServerAnswerError(f"the answer ended after {self._seen} tokens without a finish reason")
         return chunks
 
+    def switched(self, version: int, tokens: int | None) -> list[TokenChunk]:
+        """Nothing to do: every event says which version sampled which token."""
+        return []
+
     def _chunks(self, payloads: list[bytes]) -> list[TokenChunk]:
         chunks = (self._chunk(payload) for payload in payloads)
         return [chunk for chunk in chunks if chunk is not None]
