@@ -20,6 +20,9 @@ from orchestrator.resources import Resources
 from orchestrator.run_directory import RunDirectory
 from rollout_workers.engines.config import SERVERS
 
+LEAST_WAIT_S = 120.0
+"""Requests wait at least that long for an engine while there is none; longer if an engine may take longer to start."""
+
 MAX_CALLS = 1000
 """Calls that one actor may have open at once (waiting ones included)."""
 
@@ -96,6 +99,7 @@ class Processes:
             workload_file=self.run.workload / f"worker-{index}-{self.attempt_base + attempt}.jsonl",
             workload_header=self._workload_header(),
             handoff=config.engines.handoff if config.engines.split else None,
+            engine_timeout_s=max(LEAST_WAIT_S, config.run.startup_timeout_s),
         )
         return self._actor(RolloutWorkerActor, "worker", index, attempt, 0, worker_name(index, attempt), settings)
 

@@ -54,6 +54,8 @@ class WorkerSettings:
     workload_header: TraceHeader
     handoff: HandoffConfig | None = None
     """How engines hand KV over, where prefill and decode are split."""
+    engine_timeout_s: float = 120.0
+    """How long requests wait for an engine while there is none."""
 
 
 class QueueDeliverer:
@@ -113,6 +115,7 @@ class RolloutWorkerActor:
             settings.lock_step,
             WorkloadTraceWriter(settings.workload_file, settings.workload_header),
             settings.handoff,
+            settings.engine_timeout_s,
         )
 
     def _tells(self, controller: Any, role: str) -> OnLost:

@@ -71,7 +71,9 @@ class RolloutWorker:
         lock_step: bool = False,
         workload: WorkloadTraceWriter | None = None,
         handoff: HandoffConfig | None = None,
+        engine_timeout_s: float = 120.0,
     ) -> None:
+        """``engine_timeout_s``: how long requests wait for an engine while there is none."""
         self.name = name
         self._config = config
         self._chat = ChatTokenizer.load(model_path)
@@ -94,7 +96,7 @@ class RolloutWorker:
         self.slots = Slots(books.actor, concurrency, now)
         books.adopt(self.slots, now)
         barrier = (lambda held: held >= self._live) if lock_step else None
-        self.engines = make_client(name, handoff, barrier, self._heard)
+        self.engines = make_client(name, handoff, barrier, self._heard, engine_timeout_s)
         self._adder: Coalescer[EpisodeEntry, None] = Coalescer(self._add)
         self._reporter: Coalescer[EpisodeReport, None] = Coalescer(self._report)
 

@@ -150,8 +150,9 @@ def make_client(
     handoff: HandoffConfig | None,
     barrier: Callable[[int], bool] | None,
     on_load: Callable[[str, EngineLoad], None],
+    engine_timeout_s: float = 120.0,
 ) -> EngineClient:
     """The client of a worker; ``handoff``: where prefill and decode are split."""
     if handoff is None:
-        return EngineClient(client, barrier=barrier, on_load=on_load)
-    return PairedEngineClient(client, handoff.min_tokens, on_load=on_load)
+        return EngineClient(client, engine_timeout_s, barrier, on_load=on_load)
+    return PairedEngineClient(client, handoff.min_tokens, engine_timeout_s, on_load=on_load)
