@@ -9,6 +9,7 @@ from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.disaggregation.roles import RolePolicy
 from rollout_workers.engines.protocol import EngineRole
 from rollout_workers.engines.sglang.config import SglangConfig
+from rollout_workers.engines.sglang.disaggregation import check_split
 from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
 from rollout_workers.engines.vllm.config import VllmConfig
 
@@ -102,6 +103,8 @@ class EnginesConfig:
             )
         if settings.urls and len(set(settings.urls)) < len(settings.urls):
             raise ValueError(f"engines.{self.kind}.urls names a server twice: each engine needs one of its own")
+        if self.kind == "sglang":
+            check_split(self.sglang.args, self.prefill, self.decode)
         if not self.split:
             return
         counts = f"engines.prefill={self.prefill}, engines.decode={self.decode}"
