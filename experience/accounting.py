@@ -31,6 +31,8 @@ class Cause(StrEnum):
     """Everything that may start has started, and a few slow episodes are waited for."""
     PACING = "pacing"
     """An engine has nothing to do because no further group may start before the learner's next version."""
+    OTHER_PHASE = "other_phase"
+    """Prefill and decode are split: an engine of one phase has nothing to do while requests are in the other."""
     STARTUP = "startup"
     SAVE = "save"
     FAILURE = "failure"

@@ -30,11 +30,17 @@ class Accountant:
     """Feed it every pulse (`pulse`) and, once for each round of pulses, `close_window`.
 
     ``learner_accelerators``: how many the learner's lane stands for. ``time_shared``: the learner runs on the engines'
-    own accelerators, in turns with them. ``worker_slots``: the slots of all workers when none is missing.
+    own accelerators, in turns with them. ``worker_slots``: the slots of all workers when none is missing. ``split``:
+    engines prefill or decode, not both.
     """
 
     def __init__(
-        self, now: float, worker_slots: int, learner_accelerators: float = 1.0, time_shared: bool = False
+        self,
+        now: float,
+        worker_slots: int,
+        learner_accelerators: float = 1.0,
+        time_shared: bool = False,
+        split: bool = False,
     ) -> None:
         self._worker_slots = worker_slots
         self._learner_accelerators = learner_accelerators
@@ -48,7 +54,7 @@ class Accountant:
         self._slots: dict[str, float] = {}
         self._empty: list[float] = []
         self._cpu: dict[str, float] = {}
-        self.attribution = Attribution()
+        self.attribution = Attribution(split)
 
     def pulse(
         self,
@@ -167,6 +173,7 @@ def accountant_of(config: Config, now: float) -> Accountant:
         worker_slots=config.rollout.concurrency,
         learner_accelerators=config.learner.synthetic.accelerators if synthetic else 1.0,
         time_shared=synthetic and config.mode == "sync",
+        split=config.engines.split,
     )
 
 

@@ -12,6 +12,7 @@ no episode live          pacing while the learner trains, save while it saves, w
                          on its way, else idle (control plane)
 free slots               straggler while the learner waits (all that may start has started), pacing while it works
 episodes elsewhere       environment, reward, queue full (delivering), in proportion to their slot-seconds
+episodes generate        other phase, if prefill and decode are split, in proportion to their slot-seconds
 a worker is gone         failure, in proportion to its slots
 =======================  ======================================================================================
 
@@ -61,9 +62,10 @@ class Window:
 
 
 class Attribution:
-    """Keeps what spans windows: how many slots the run uses at its busiest."""
+    """Keeps what spans windows: how many slots the run uses at its busiest. ``split``: engines prefill or decode."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: bool = False) -> None:
+        self._split = split
         self._peak = 0.0
         self.starved_s = 0.0
         """Seconds in which the learner waited although nothing kept the next group from starting."""
@@ -90,6 +92,8 @@ class Attribution:
         weights[Cause.STRAGGLER] = free * waiting
         weights[Cause.PACING] = free * (1.0 - waiting)
         weights[Cause.FAILURE] = window.missing_slots
+        if self._split:
+            weights[Cause.OTHER_PHASE] = window.slots.get(Doing.GENERATING.value, 0.0)
         return _without_nothing(_add(causes, _proportion(rest, weights, Cause.IDLE)))
 
     def learner_wait(self, wait_s: float, window: Window) -> dict[Cause, float]:

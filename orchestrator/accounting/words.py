@@ -18,6 +18,8 @@ SENTENCES = {
     "groups in flight hides them",
     "pacing": "no further group may start before the learner's next version: the learner is the bottleneck, so more of the "
     "accelerators should train, or staleness.target_lag may rise",
+    "other_phase": "engines of one phase had nothing to do while requests were in the other: more of them belong there "
+    "(engines.prefill, engines.decode; engines.roles=auto finds the division)",
     "startup": "processes were starting",
     "save": "checkpoints were being written",
     "failure": "actors had died and were being replaced",

@@ -22,6 +22,7 @@ COLOURS: dict[Cause, str] = {
     Cause.WEIGHT_STALL: "#d8434e",
     Cause.STRAGGLER: "#ee8a8f",
     Cause.PACING: "#a08d6f",
+    Cause.OTHER_PHASE: "#5fb7b0",
     Cause.STARTUP: "#7f97a6",
     Cause.SAVE: "#4f6f80",
     Cause.FAILURE: "#7d1128",

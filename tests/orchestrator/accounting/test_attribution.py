@@ -46,6 +46,13 @@ def test_engines_idle_while_all_episodes_are_in_environments() -> None:
     assert begun(window).engine_idle(0.5, window) == {Cause.ENVIRONMENT: pytest.approx(0.5)}
 
 
+def test_where_phases_are_split_an_engine_idles_while_requests_are_in_the_other_one() -> None:
+    window = Window(1.0, {"environment": 10.0, "generating": 30.0})
+    split = Attribution(split=True)
+    split.begin(window)
+    assert split.engine_idle(0.4, window) == pytest.approx({Cause.OTHER_PHASE: 0.3, Cause.ENVIRONMENT: 0.1})
+
+
 def test_in_sync_mode_engines_idle_while_the_learner_trains_are_paced() -> None:
     window = Window(1.0, {FREE: 32.0}, empty_s=1.0, learner={Cause.TRAIN: 0.8, Cause.SAVE: 0.1}, publishing_s=0.06)
     explained = begun(window).engine_idle(1.0, window)
