@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import doctest
 from collections import Counter
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from rollout_workers import concurrency
+from rollout_workers import router as router_module
+from rollout_workers.engines import clients
 from rollout_workers.router import Load, Router, RoutingPolicy
 
 
@@ -192,3 +197,10 @@ class Routing(RuleBasedStateMachine):
 
 TestRouting = Routing.TestCase
 TestRouting.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("module", [router_module, concurrency, clients])
+def test_the_examples_hold(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
