@@ -129,6 +129,7 @@ def _described(role: str, answer: Any) -> dict[str, Any]:
         stats = decode(answer, WorkerStats)
         return {
             "episodes": stats.running,
+            "limit": stats.limit,
             "queued": stats.queued,
             "generating": stats.generating,
             "in_environment": stats.in_environment,
