@@ -10,6 +10,7 @@ BENCHMARKS = {
     "control-plane": "benchmarks.control_plane.command:control_plane",
     "engine": "benchmarks.engine:engine",
     "fleet": "benchmarks.fleet.command:fleet",
+    "kv": "benchmarks.kv:kv",
     "learn": "benchmarks.learn:learn",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",

@@ -13,6 +13,7 @@ class KvCounters:
     sent_bytes: int = 0
     received_bytes: int = 0
     handoffs: int = 0
+    handoff_s: float = 0.0
     handoffs_failed: int = 0
 
     def snapshot(self) -> dict[str, Any]:
@@ -21,5 +22,6 @@ class KvCounters:
             "kv_sent_mb": self.sent_bytes / 2**20,
             "kv_received_mb": self.received_bytes / 2**20,
             "handoffs": self.handoffs,
+            "handoff_s": self.handoff_s,
             "handoffs_failed": self.handoffs_failed,
         }

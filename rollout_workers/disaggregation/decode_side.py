@@ -33,6 +33,7 @@ class _Incoming:
     session: str
     handoff: Handoff
     link: KvLink
+    began_at: float
     request: GenerateRequest | None = None
     """Waits for it."""
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -161,7 +162,7 @@ class DecodeSide:
             return
         handoff = Handoff(announce.handoff_id, announce.version, len(prompt))
         handoff.accepted(room)
-        self._incoming[announce.handoff_id] = _Incoming(announce.session, handoff, link)
+        self._incoming[announce.handoff_id] = _Incoming(announce.session, handoff, link, self._loop.time())
         link.send(Answer(announce.handoff_id, have=room))
 
     def _take(self, link: KvLink, piece: Piece) -> None:
@@ -197,6 +198,7 @@ class DecodeSide:
             self._refuse(incoming, Reason.DAMAGED)
             return
         self._counters.handoffs += 1
+        self._counters.handoff_s += self._loop.time() - incoming.began_at
         if incoming.request is not None or not end.wanted:
             self._settle(incoming)
         else:

@@ -164,6 +164,8 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     kv_received_mb: float = 0.0
     handoffs: int = 0
     """Hand-offs completed here, on either side."""
+    handoff_s: float = 0.0
+    """Seconds from the announcement to the end of the hand-offs received (several may overlap)."""
     handoffs_failed: int = 0
     """Hand-offs refused, cancelled or lost; their requests computed their KV elsewhere."""
 

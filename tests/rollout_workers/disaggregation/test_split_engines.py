@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from engine_helpers import Result, prompt, request, run_all
-from split_engines import LocalSplit, local_split
+from split_engines import LocalSplit, local_split, until
 
 from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.engines.config import EnginesConfig
@@ -129,9 +129,8 @@ async def test_a_cancelled_request_leaves_nothing_behind(split_model: Path) -> N
         assert len(again.tokens) == 4
         split.client.release("session of again")
         for name in ("p0", "d0"):
-            async with asyncio.timeout(10):
-                while (await split.health(name)).sessions:
-                    await asyncio.sleep(0.005)
+            engine = split.actors[name]._engine
+            await until(lambda engine=engine: engine.health().sessions == 0, f"{name} is empty")  # type: ignore[misc]
 
 
 async def test_kv_that_finds_no_free_slot_is_parked_until_its_request_gets_one(split_model: Path) -> None:
