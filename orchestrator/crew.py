@@ -36,6 +36,7 @@ from orchestrator.scaling import ScaleError, parse_change, plan_scale
 from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Actor, Role, Supervisor, first_line
 from orchestrator.workforce import Workforce
+from rollout_workers.disaggregation.roles import Flip
 from rollout_workers.engines.protocol import EngineRole
 from weight_sync.membership import MemberState
 
@@ -110,7 +111,11 @@ class EngineCrew:
 
     async def run_roles(self, pulses: Pulses) -> None:
         """Have engines prefill or decode as their load says; for ever."""
-        await EngineRoles(self._config.engines, self.engines, self._workforce.tell, self._events.happened).run(pulses)
+        await EngineRoles(self._config.engines, self.engines, self._workforce.tell, self._flipped).run(pulses)
+
+    def _flipped(self, flip: Flip) -> None:
+        self._log.note(flip.to.value, flip.name, self.fleet.held(flip.name), flip.reason)
+        self._events.happened(f"{flip.name} does {flip.to.value} from now on")
 
     async def publish(self, version: int) -> None:
         """The learner holds ``version``: bring it to all engines. Returns when they serve it."""

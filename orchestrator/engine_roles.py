@@ -21,7 +21,7 @@ import ray
 from experience.books import clock
 from orchestrator.pulses import Pulses
 from orchestrator.supervisor import first_line
-from rollout_workers.disaggregation.roles import Decision, RoleController, RoleLoad
+from rollout_workers.disaggregation.roles import Decision, Flip, RoleController, RoleLoad
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import EngineHealth
 
@@ -32,12 +32,12 @@ Tell = Callable[..., Awaitable[None]]
 
 
 class EngineRoles:
-    """``engines`` are those in service, by name."""
+    """``engines`` are those in service, by name; ``flipped`` hears of roles that have changed."""
 
     def __init__(
-        self, config: EnginesConfig, engines: Mapping[str, Any], tell: Tell, happened: Callable[[str], None]
+        self, config: EnginesConfig, engines: Mapping[str, Any], tell: Tell, flipped: Callable[[Flip], None]
     ) -> None:
-        self._config, self._engines, self._tell, self._happened = config, engines, tell, happened
+        self._config, self._engines, self._tell, self._flipped = config, engines, tell, flipped
         modelled = config.kind == "synthetic"
         policy = config.role_policy.scaled(1.0 / config.synthetic.time_scale) if modelled else config.role_policy
         self._controller = RoleController(policy)
@@ -61,8 +61,7 @@ class EngineRoles:
                 logger.warning("%s did not take the role to %s: %s", flip.name, flip.to.value, first_line(error))
                 continue
             await self._tell("set_engine_role", flip.name, flip.to.value)
-            logger.info("%s to %s: %s", flip.name, flip.to.value, flip.reason)
-            self._happened(f"{flip.name} does {flip.to.value} from now on ({flip.reason})")
+            self._flipped(flip)
         if decision.refused and decision.refused != self._refused:
             logger.info("no flip: %s", decision.refused)
         self._refused = decision.refused

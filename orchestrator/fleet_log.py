@@ -27,7 +27,8 @@ class FleetEvent:
     at: float
     """Unix seconds."""
     event: str
-    """A `MemberState` that the engine is in now, or ``rerouted``, ``condemned``, ``scaled``."""
+    """A `MemberState` that the engine is in now, its new role (``prefill``, ``decode``), or ``rerouted``, ``condemned``,
+    ``scaled``."""
     engine: str = ""
     version: int | None = None
     detail: str = ""
