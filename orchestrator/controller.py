@@ -223,6 +223,7 @@ class Controller:
             self._watchdog.stalls,
             self._pulses.prefix_hit(),
             self._fleet_log.summary(),
+            self._pulses.kv(),
         )
 
     def _fail(self, cause: str, kind: type[RunFailed] = RunFailed) -> None:
@@ -389,6 +390,7 @@ class Controller:
         """A step is trained; ``metrics`` are the learner's."""
         ledger = await self._one("queue").ledger.remote()
         self._watchdog.trained()
+        metrics = metrics | {f"kv/{name}": value for name, value in self._pulses.kv().items()}
         self.progress.step(version, metrics, ledger, self._dispatcher, self._accountant)
 
     async def checkpoint_extra(self) -> dict[str, Any]:

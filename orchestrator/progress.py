@@ -177,6 +177,7 @@ class Progress:
         stalls: list[dict[str, Any]],
         prefix_hit: float | None = None,
         fleet: Mapping[str, Any] | None = None,
+        kv: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Write `summary.json` and return it."""
         self.phase = status
@@ -200,6 +201,7 @@ class Progress:
             "tokens": {key: tokens.get(key, 0) for key in ("generated", "trained", "masked", "wasted")},
             "lengths_ks": ledger.get("ks"),
             "prefix_hit": prefix_hit,
+            "kv": dict(kv or {}),
             "episodes": dict(self._episodes),
             "actors_replaced": replaced,
             "learner_starved_s": round(accountant.attribution.starved_s, 2),

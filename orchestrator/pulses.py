@@ -22,6 +22,18 @@ logger = logging.getLogger(__name__)
 EVERY_S = 0.5
 ANSWER_S = 1.0
 """How long an actor has to answer before the round goes on without it."""
+KV_COUNTS = (
+    "kv_received_mb",
+    "handoffs",
+    "handoffs_failed",
+    "handoff_s",
+    "parked_sessions",
+    "parked_mb",
+    "parks",
+    "park_hits",
+    "park_evictions",
+)
+"""What an engine's health tells of KV that was handed over or parked."""
 
 
 class Pulses:
@@ -90,6 +102,11 @@ class Pulses:
         computed = sum(answer.get("prefill_tokens", 0) for answer in self.live.values())
         return cached / (cached + computed) if cached + computed else None
 
+    def kv(self) -> dict[str, float]:
+        """What all living engines handed over and parked so far; nothing where neither is in use."""
+        totals = {name: sum(answer.get(name, 0) for answer in self.live.values()) for name in KV_COUNTS}
+        return {name: round(float(total), 3) for name, total in totals.items()} if any(totals.values()) else {}
+
     async def _ask(self, actor: Actor) -> Pulse | None:
         name = actor.name
         asked_at = time.monotonic()
@@ -124,6 +141,8 @@ def _described(role: str, answer: Any) -> dict[str, Any]:
             "generated_tokens": health.generated_tokens,
             "cached_tokens": health.cached_tokens,
             "prefill_tokens": health.prefill_tokens,
+            "role": health.role.value,
+            **{name: getattr(health, name) for name in KV_COUNTS},
         }
     if role == "worker":
         stats = decode(answer, WorkerStats)

@@ -220,6 +220,11 @@ def _engine_line(item: dict[str, Any]) -> str:
     fields.append(f"{item.get('running', 0)} running, {item.get('waiting', 0)} waiting")
     if "kv_used" in item:
         fields.append(f"KV {item['kv_used']:.0%}")
+    if item.get("role", "mixed") != "mixed":
+        failed = f" ({item['handoffs_failed']} failed)" if item.get("handoffs_failed") else ""
+        fields.insert(0, f"{item['role']}, {count(item.get('handoffs', 0))} hand-offs{failed}")
+    if item.get("parked_sessions"):
+        fields.append(f"{item['parked_sessions']} parked")
     if item.get("tokens_per_s") is not None:
         fields.append(f"{count(item['tokens_per_s'])} tok/s")
     return "  ".join(fields)

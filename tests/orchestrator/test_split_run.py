@@ -40,5 +40,8 @@ def test_a_run_with_prefill_and_decode_apart_trains_and_survives_the_loss_of_an_
     assert prefill["prefill"] > prefill.get("decode", 0.0)
     assert decode["decode"] > decode.get("prefill", 0.0)
     assert "other_phase" in prefill
+    assert summary["kv"]["handoffs"] > 0
+    assert summary["kv"]["kv_received_mb"] > 0
+    assert training_lines(run)[-1]["kv/handoffs"] > 0
     log = "".join(path.read_text() for path in (run / "logs").glob("engine-*.log"))
     assert "Traceback" not in log
