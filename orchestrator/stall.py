@@ -119,6 +119,12 @@ class Evidence:
     paced: bool = False
     alone: Mapping[str, str] = field(default_factory=dict)
     """Role -> its only actor, where there is one only."""
+    phases: Mapping[str, str] = field(default_factory=dict)
+    """Engines that only prefill, or only decode."""
+
+    def generation(self, engine: str) -> str:
+        """What the stage of an engine is called: its phase, where prefill and decode are split."""
+        return self.phases.get(engine.partition(".")[0], "generation")
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,8 @@ def _silent(evidence: Evidence) -> Stall | None:
     for role in ("queue", "learner", "worker", "engine", "environment", "reward"):
         for actor in (name for name in [*evidence.silent, *evidence.away] if name.startswith(f"{role}-")):
             stage = LEARNER_STAGES.get(evidence.learner_phase, "training") if role == "learner" else ROLE_STAGES[role]
+            if role == "engine":
+                stage = evidence.generation(actor)
             if role == "engine" and evidence.publishing is not None and evidence.publishing_s > 1.0:
                 stage = "weight sync"
             seconds = evidence.silent.get(actor)
@@ -208,6 +216,8 @@ def _of_wait(stage: str, wait: Wait, evidence: Evidence) -> Stall:
     role = ACTORS[wait.doing]
     actor = wait.actor or evidence.alone.get(role) or f"one of the {role} actors"
     seconds = evidence.now - wait.since
+    if stage == "generation":
+        stage = evidence.generation(actor)
     return Stall(stage, actor, f"{wait.doing.value} for {seconds:.0f} s", wait.group_id, wait.episode_id)
 
 

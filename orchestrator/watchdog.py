@@ -147,6 +147,11 @@ class Watchdog:
             ready=int(queue.get("ready", 0)),
             needed=parts.groups_per_update,
             paced=parts.dispatcher.paced,
+            phases={
+                name: answer["role"]
+                for name, answer in parts.pulses.live.items()
+                if answer.get("role", "mixed") != "mixed"
+            },
             alone={actor.role.name: actor.name for actor in actors if roles[actor.role.name] == 1},
         )
 

@@ -19,6 +19,8 @@ BASE = Evidence(
     alone={"environment": "environment-0", "reward": "reward-0", "queue": "queue-0"},
 )
 
+SPLIT = replace(BASE, phases={"engine-0": "prefill", "engine-1": "decode"})
+
 
 def wait(doing: Doing, actor: str = "", evaluation: bool = False) -> Wait:
     return Wait("g000003-1", "g000003", doing, 58.0, evaluation, actor)
@@ -40,6 +42,9 @@ def wait(doing: Doing, actor: str = "", evaluation: bool = False) -> Wait:
         (replace(BASE, learner_phase="training", learner_phase_s=9.0), "training", "learner-0"),
         (replace(BASE, learner_phase="saving", learner_phase_s=9.0), "saving", "learner-0"),
         (replace(BASE, waits=[wait(Doing.GENERATING, "engine-0.0")]), "generation", "engine-0.0"),
+        (replace(SPLIT, waits=[wait(Doing.GENERATING, "engine-0.2")]), "prefill", "engine-0.2"),
+        (replace(SPLIT, waits=[wait(Doing.GENERATING, "engine-1.0")]), "decode", "engine-1.0"),
+        (replace(SPLIT, silent={"engine-1": 9.0}), "decode", "engine-1"),
         (replace(BASE, waits=[wait(Doing.ENVIRONMENT)]), "environment", "environment-0"),
         (replace(BASE, waits=[wait(Doing.REWARD)]), "reward", "reward-0"),
         (replace(BASE, waits=[wait(Doing.DELIVERING)]), "queue", "queue-0"),
