@@ -48,8 +48,8 @@ class Case:
 
     @property
     def skip(self) -> int:
-        """Steps until the pipeline is full: a group lives as long as its slowest member, about twice the mean."""
-        return 1 + math.ceil(2 * self.in_flight / (self.groups * GROUP_SIZE))
+        """Steps until the pipeline is full: an episode takes ``in_flight / B`` steps on average (Little's law), some twice that."""
+        return 1 + math.ceil(1.5 * self.in_flight / (self.groups * GROUP_SIZE))
 
     def sized(self, share: float) -> Case:
         """The same load on ``share`` times as many engines."""

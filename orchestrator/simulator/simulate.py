@@ -69,6 +69,10 @@ def simulate(
         raise ConfigError(
             "engines and environments cannot be lost in mean field: simulate suite fault without --mean-field"
         )
+    if options is not None and options.mean_field and config.engines.split:
+        raise ConfigError(
+            "engines are one pool in mean field: simulate a split of prefill and decode without --mean-field"
+        )
     costs = workload_costs(config)
     calibration = calibration_of(config, costs)
     outcomes = [simulate_mode(in_mode(config, mode, calibration), options, skip) for mode in modes or [config.mode]]

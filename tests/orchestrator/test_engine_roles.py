@@ -139,7 +139,6 @@ def test_a_run_moves_its_engines_to_where_the_work_is(tmp_path: Path) -> None:
     assert flips, "nothing flipped"
     assert flips[0].event == "decode"
     assert "busy" in flips[0].detail
-    assert "does decode from now on" in " ".join(process.output.split()) or flips[0].text()
 
 
 @pytest.mark.parametrize(

@@ -113,5 +113,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_a_split_is_simulated_in_its_own_mode() -> None:
     with pytest.raises(ConfigError, match="a split is simulated in the mode of its configuration"):
         simulate(configured("reason", 1, 2), ["sync"])
+    with pytest.raises(ConfigError, match="one pool in mean field"):
+        simulate(configured("reason", 1, 2), options=SimulationOptions(mean_field=True))
     (row,) = simulate(configured("reason", 1, 2, "run.steps=2")).rows
     assert row.step_s > 0
