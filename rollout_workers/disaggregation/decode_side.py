@@ -148,22 +148,23 @@ class DecodeSide:
     def _announced(self, link: KvLink, announce: Announce) -> None:
         for other in [each for each in self._incoming.values() if each.session == announce.session]:
             self._refuse(other, Reason.ABORTED)
-        prompt = np.frombuffer(announce.prompt, "<i4").astype(np.int32)
-        served = self._engine.weights
-        fits = served.version == announce.version if announce.pin is None else announce.pin in served.pinned
-        room: int | Reason = Reason.VERSION
-        if not len(prompt) or announce.max_tokens < 1:
-            room = Reason.DAMAGED
-        elif fits:
-            room = self._engine.kv.expect(announce.session, prompt, announce.pin, announce.max_tokens)
+        room = self._room(announce)
         if isinstance(room, Reason):
             self._counters.handoffs_failed += 1
             link.send(Answer(announce.handoff_id, refused=room.value))
             return
-        handoff = Handoff(announce.handoff_id, announce.version, len(prompt))
+        handoff = Handoff(announce.handoff_id, announce.version, len(announce.prompt) // 4)
         handoff.accepted(room)
         self._incoming[announce.handoff_id] = _Incoming(announce.session, handoff, link, self._loop.time())
         link.send(Answer(announce.handoff_id, have=room))
+
+    def _room(self, announce: Announce) -> int | Reason:
+        """How much of it is here already, or why it is not wanted."""
+        request, served = _request_of(announce), self._engine.weights
+        if request is None:
+            return Reason.DAMAGED
+        fits = served.version == announce.version if announce.pin is None else announce.pin in served.pinned
+        return self._engine.kv.expect(request) if fits else Reason.VERSION
 
     def _take(self, link: KvLink, piece: Piece) -> None:
         """Copy a piece to its session, if that still wants it."""
@@ -230,6 +231,20 @@ class DecodeSide:
         if incoming.request is not None:
             self._engine.submit(incoming.request)
             self._wake()
+
+
+def _request_of(announce: Announce) -> GenerateRequest | None:
+    """The request that an announcement is about, as far as it tells; None if it makes no sense."""
+    if len(announce.prompt) < 4 or len(announce.prompt) % 4 or announce.max_tokens < 1:
+        return None
+    return GenerateRequest(
+        request_id=announce.handoff_id,
+        session_id=announce.session,
+        prompt=np.frombuffer(announce.prompt, "<i4").astype(np.int32),
+        max_tokens=announce.max_tokens,
+        pinned_version=announce.pin,
+        prefix_group=announce.prefix_group,
+    )
 
 
 def _aborted(request_id: str) -> TokenChunk:

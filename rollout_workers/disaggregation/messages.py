@@ -56,6 +56,8 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     """It is pinned for this request; None: it is what the engine serves."""
     max_tokens: int
     """Tokens that the request may still sample."""
+    prefix_group: str = ""
+    """Sessions of one group begin alike."""
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):

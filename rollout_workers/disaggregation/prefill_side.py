@@ -211,6 +211,7 @@ class PrefillSide:
                 version=handoff.version,
                 pin=request.pinned_version,
                 max_tokens=request.max_tokens,
+                prefix_group=request.prefix_group,
             )
         )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.disaggregation.parking import ParkingLot
-from rollout_workers.engines.protocol import KvPolicy
+from rollout_workers.engines.protocol import GenerateRequest, KvPolicy
 from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, worth_recomputing
 from rollout_workers.engines.torch_engine.slot_table import SERVED
@@ -109,18 +109,21 @@ class KvExchange:
 
     # -------------------------------------------------------------------------------------------- the side that decodes
 
-    def expect(self, session: str, prompt: Tokens, pin: int | None, max_tokens: int) -> int | Reason:
-        """Make room for the KV of ``prompt``. Returns how many of its tokens have theirs here, or why there is no room."""
+    def expect(self, request: GenerateRequest) -> int | Reason:
+        """Make room for the KV of the request's prompt. Returns how many of its tokens have theirs here (the session's own,
+        or what its siblings have), or why there is no room."""
+        session = request.session_id
         if self.scheduler.busy(session):
             return Reason.BUSY
-        if len(prompt) + max_tokens > self.table.max_len:
+        if len(request.prompt) + request.max_tokens > self.table.max_len:
             return Reason.NO_ROOM
-        weights = SERVED if pin is None else pin
         slot = self.scheduler.seat(session)
         if slot is not None:
-            have = self.table.expect(slot, prompt, weights, max_tokens)
+            self.table.expect(slot, request)
+            have = self.scheduler.share(slot, request)
         else:
-            room = self._expect_parked(session, prompt, weights, max_tokens)
+            pin = SERVED if request.pinned_version is None else request.pinned_version
+            room = self._expect_parked(session, request.prompt, pin, request.max_tokens)
             if room is None:
                 return Reason.NO_ROOM
             have = room

@@ -143,6 +143,19 @@ class Scheduler:
         self._admitted += 1
         return slot
 
+    def share(self, slot: int, request: GenerateRequest) -> int:
+        """Copy into a slot that waits for KV what siblings have of it; returns how many tokens have theirs now."""
+        table, have = self.table, int(self.table.kv_length[slot])
+        prefix = sibling_prefix(table, request, self._version) if self.share_prefixes else Prefix()
+        source = table.slot_of.get(prefix.source)
+        if source is None or prefix.ready <= have:
+            return have
+        self.on_shared(source, slot, prefix.ready)
+        self.shared_tokens += prefix.ready
+        table.kv_length[slot], table.kv_oldest[slot] = prefix.ready, table.kv_oldest[source]
+        table.received[slot] += prefix.ready - have
+        return prefix.ready
+
     def seat(self, session_id: str, spare: int | None = None) -> int | None:
         """The slot of a session, which gets one if it has none; None while all are in use. ``spare`` is the last to be
         taken from its session."""

@@ -157,19 +157,21 @@ class SlotTable:
         self.request[slot] = self.matcher[slot] = None
         self.idle[slot] = None
 
-    def expect(self, slot: int, prompt: npt.NDArray[np.int32], pin: int, max_tokens: int) -> int:
-        """Prepare an idle slot for KV of ``prompt`` from elsewhere; returns how many of its tokens have theirs already.
+    def expect(self, slot: int, request: GenerateRequest) -> int:
+        """Prepare an idle slot for KV of the request's prompt from elsewhere; returns how many of its tokens have theirs.
 
         The slot is neither idle nor running until `rest` or a request of its session.
         """
-        size = len(prompt)
+        prompt, size = request.prompt, len(request.prompt)
+        pin = SERVED if request.pinned_version is None else request.pinned_version
         have = self.shared_prefix(slot, prompt, size) if self.pin[slot] == pin else 0
         self.tokens[slot, :size] = prompt
         self.length[slot] = self.emitted[slot] = size
         self.kv_length[slot] = have
-        self.limit[slot] = size + max_tokens
+        self.limit[slot] = size + request.max_tokens
         self.pin[slot] = pin
         self.received[slot] = 0
+        self._join(slot, request.prefix_group)
         self.idle.pop(slot, None)
         return have
 

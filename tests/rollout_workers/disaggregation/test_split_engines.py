@@ -16,6 +16,9 @@ from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.torch_engine import TorchEngine, build_engine
 
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
+"""KV of the tiny model: layers, keys and values, heads, head size, bytes of a number."""
+
 KINDS = {
     "greedy": {"temperature": 0.0},
     "plain": {"seed": 11},
@@ -53,7 +56,7 @@ async def test_tokens_and_logprobs_are_those_of_one_engine_bit_for_bit(
         prefill, decode = await split.health("p0"), await split.health("d0")
         assert (prefill.generated_tokens, decode.generated_tokens) == (1, 39)
         assert (prefill.prefill_tokens, decode.prefill_tokens) == (100, 0)
-        assert prefill.kv_sent_mb == decode.kv_received_mb == 100 * 2 * 2 * 2 * 16 * 4 / 2**20
+        assert prefill.kv_sent_mb == decode.kv_received_mb == 100 * TOKEN_BYTES / 2**20
         assert decode.cached_tokens == 0  # what was handed over was not found in the cache
 
 
@@ -81,6 +84,18 @@ async def test_many_sessions_of_several_turns_at_once(split_model: Path) -> None
             asked = request(f"{number}.{turn}", session_id=f"s{number}", prompt=context, max_tokens=6, seed=number)
             assert_same(answer, run_all(unsplit, asked)[f"{number}.{turn}"])
             context = np.concatenate([context, answer.tokens, prompt(12 + number, seed=turn)])
+
+
+async def test_a_groups_prompt_is_computed_and_handed_over_once(split_model: Path) -> None:
+    context = prompt(100)
+    asked = [request(f"r{n}", prompt=context, max_tokens=20, seed=n, prefix_group="g") for n in range(4)]
+    unsplit = run_all(whole(split_model), *asked)
+    async with local_split(split_model) as split:
+        got = await asyncio.gather(*(split.client.generate(each) for each in asked))
+        for each, answer in zip(asked, got, strict=True):
+            assert_same(answer, unsplit[each.request_id])
+        assert (await split.health("p0")).prefill_tokens < 2 * len(context)
+        assert (await split.health("d0")).kv_received_mb < 2 * len(context) * TOKEN_BYTES / 2**20
 
 
 async def test_what_prefill_ends_needs_no_decode_engine(split_model: Path) -> None:
