@@ -138,6 +138,7 @@ class PairChooser(Router):
         if self._queued[prefill] + lacking[prefill] > lacks * self.requests(decode):
             return decode
         ticket.prefill, ticket.queued = prefill, lacking[prefill]
+        held.setdefault(prefill, 0)  # it will have something of the session, however the request ends
         self._queued[prefill] += ticket.queued
         self._prefills[prefill] += 1
         return prefill
