@@ -114,11 +114,17 @@ class PrefillSide:
             return
         before, idle = engine.kv.computed(request.session_id), not engine.has_work
         engine.submit(msgspec.structs.replace(request, max_tokens=1, kv_target=None))
-        version = engine.weights.version if request.pinned_version is None else request.pinned_version
-        handoff = Handoff(target.handoff_id, version, max(1, len(request.prompt)))
+        handoff = self._new_handoff(request)
         out = self._outgoing[request.request_id] = _Outgoing(request, target, handoff, line, before)
         if idle:
             self._announce(out)
+
+    def _new_handoff(self, request: GenerateRequest) -> Handoff:
+        """Bound to the version that would compute now."""
+        assert request.kv_target is not None
+        pinned = request.pinned_version
+        version = self._engine.weights.version if pinned is None else pinned
+        return Handoff(request.kv_target.handoff_id, version, max(1, len(request.prompt)))
 
     def release(self, session: str) -> None:
         """A session is over: the decode engine shall not keep what has arrived."""
@@ -216,7 +222,10 @@ class PrefillSide:
         )
 
     def _pump(self, out: _Outgoing) -> None:
-        kv, session, handoff = self._engine.kv, out.request.session_id, out.handoff
+        kv, session = self._engine.kv, out.request.session_id
+        if not out.announced and out.handoff.open:
+            out.handoff = self._new_handoff(out.request)  # an update while it waited changes nothing yet
+        handoff = out.handoff
         finished = out.ending is not None or out.over
         if not handoff.open or not (finished or kv.running(session, out.request.request_id)):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -132,6 +133,24 @@ async def test_a_commit_at_the_prefill_engine_ends_the_hand_off(
     np.testing.assert_allclose(
         decode.logprobs, reference_logprobs(make_model(seed=0), ASKED.prompt, decode.tokens), atol=1e-4
     )
+
+
+async def test_a_request_that_waited_through_an_update_is_handed_over_as_of_the_new_version(
+    pair: tuple[SteppedEngine, SteppedEngine],
+) -> None:
+    prefill, decode = pair
+    prefill.engine.submit(request("first", prompt=prompt(40, seed=8), max_tokens=1))
+    begin(prefill, decode)
+    for engine in pair:
+        update(engine, 1, KvPolicy.RECOMPUTE)
+    while not prefill.station.open or not decode.station.open:
+        prefill.step()
+        await asyncio.sleep(0.01)
+    await until(lambda: decode.computed(SESSION) > 0, "tokens arrive")
+    prefill.run()
+    await until(lambda: decode.computed(SESSION) == 64, "all tokens arrive")
+    assert prefill.versions.tolist() == [1, 1]
+    assert [chunk.error for chunk in prefill.chunks] == [None, None]
 
 
 async def test_a_commit_after_the_hand_off_acts_on_its_kv_as_on_any_other(
