@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from split_engines import LocalSplit
 
-from rollout_workers.engines.protocol import FinishReason, GenerateRequest, KvTarget, TokenChunk
+from orchestrator.recipes.synthetic import build
+from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.protocol import EngineRole, FinishReason, GenerateRequest, KvTarget, TokenChunk
+from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
 from rollout_workers.engines.synthetic.cost_model import CostModel
 from rollout_workers.engines.synthetic.engine import SyntheticEngine
 from rollout_workers.engines.synthetic.sending import Sending
@@ -107,3 +112,33 @@ def test_an_abort_ends_a_hand_over_wherever_it_is() -> None:
     assert (chunk.request_id, chunk.finish_reason) == ("moving", FinishReason.ABORT)
     assert engine.next_event() is None
     assert engine.requests == 0
+
+
+async def test_clients_pair_modelled_engines_and_hear_when_their_kv_is_gone(tmp_path: Path) -> None:
+    build(tmp_path)
+    synthetic = SyntheticEngineConfig(accelerators=1, time_scale=1000.0, token_scale=1.0)
+    config = EnginesConfig(kind="synthetic", max_len=400, prefill=1, decode=1, synthetic=synthetic)
+    split = LocalSplit(config)
+    await split.join("p", EngineRole.PREFILL, tmp_path)
+    await split.join("d", EngineRole.DECODE, tmp_path)
+    for name in "ab":
+        answer = await split.client.generate(request(f"{name}1", 200, name))
+        assert len(answer.tokens) == 20
+    assert split.client.handed_over == 2
+    prefill, decode = await split.health("p"), await split.health("d")
+    assert (prefill.prefill_tokens, prefill.generated_tokens) == (400, 0)
+    assert (decode.prefill_tokens, decode.generated_tokens) == (0, 40)
+    assert (prefill.role, decode.role) == (EngineRole.PREFILL, EngineRole.DECODE)
+    await split.client.generate(request("a2", 225, "a"))
+    assert split.client.handed_over == 2, "a few new tokens stay where the session's KV is"
+    for actor in split.actors.values():
+        actor._engine.stage_begin(1)
+        actor._engine.stage_tensor(STAMP, np.array([1.0]))
+        actor._engine.stage_end()
+        await actor.commit(1, "recompute")
+    await split.client.generate(request("a3", 250, "a"))  # with its answer the client hears of the commit
+    await split.client.generate(request("b2", 225, "b"))
+    assert split.client.handed_over == 3, "nothing of the session is anywhere, so its context is a prompt again"
+    await split.client.close()
+    for actor in split.actors.values():
+        await actor.stop()
