@@ -26,7 +26,7 @@ def remaining(request: GenerateRequest, chunks: list[TokenChunk]) -> GenerateReq
 
 
 def joined(chunks: list[TokenChunk]) -> TokenChunk:
-    """The chunks of one request as one; the last one's ending, the first one's cache count."""
+    """The chunks of one request as one; the last one's ending, the cache count that came first."""
     if len(chunks) == 1:
         return chunks[0]
     last = chunks[-1]
@@ -37,7 +37,7 @@ def joined(chunks: list[TokenChunk]) -> TokenChunk:
         versions=np.concatenate([chunk.versions for chunk in chunks]),
         finish_reason=last.finish_reason,
         stop_match=last.stop_match,
-        cached_tokens=chunks[0].cached_tokens,
+        cached_tokens=next((chunk.cached_tokens for chunk in chunks if chunk.cached_tokens), 0),
         error=last.error,
     )
 

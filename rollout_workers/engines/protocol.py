@@ -102,7 +102,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
     stop_match: str | None = None
     """The stop string that ended the request, if one did."""
     cached_tokens: int = 0
-    """Prompt tokens whose KV was reused (on the first chunk)."""
+    """Prompt tokens whose KV was reused (told once, on the first chunk if the engine knows it by then)."""
     error: str | None = None
 
 

@@ -71,7 +71,7 @@ class Flight:
         due = []
         for chunk in chunks:
             chunk = msgspec.structs.replace(chunk, request_id=self.request_id)
-            if self._taken and chunk.cached_tokens:
+            if chunk.cached_tokens and any(taken.cached_tokens for taken in self._taken):
                 chunk = msgspec.structs.replace(chunk, cached_tokens=0)
             self._taken.append(chunk)
             self._held.append(chunk)

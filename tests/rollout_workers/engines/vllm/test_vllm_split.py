@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from contract_model import greedy, logits_of, logprobs_of, write_model
 
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers.adapter import Launch
@@ -30,6 +29,11 @@ VERSION = 3
 TRANSFERRED = "vllm:nixl_bytes_transferred_sum"
 
 
+@pytest.fixture(scope="module")
+def split_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("split") / "model")
+
+
 def vllm_python() -> str:
     try:
         return str(interpreter_of("vllm", None))
@@ -38,13 +42,13 @@ def vllm_python() -> str:
 
 
 @pytest.fixture
-async def pair(tmp_path: Path, model_directory: Path) -> AsyncIterator[tuple[Server, Server]]:
+async def pair(tmp_path: Path, split_model: Path) -> AsyncIterator[tuple[Server, Server]]:
     """A prefill and a decode server of one model."""
     python = vllm_python()
 
     def launch(role: str, port: int, kv_port: int) -> Launch:
         return Launch(
-            model_path=str(model_directory),
+            model_path=str(split_model),
             host="127.0.0.1",
             port=port,
             member=role,
@@ -101,21 +105,7 @@ async def transferred(server: Server) -> float:
     return samples(await server.connection.ask(ADAPTER.metrics())).get(TRANSFERRED, 0.0)
 
 
-def reference(directory: Path, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokens, logprobs = list(prompt), []
-    with torch.inference_mode():
-        for _ in range(count):
-            row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            tokens.append(int(row.argmax()))
-            logprobs.append(float(row.max()))
-    return tokens[len(prompt) :], logprobs
-
-
-async def test_tokens_and_log_probabilities_are_those_of_one_server(
-    pair: tuple[Server, Server], model_directory: Path
-) -> None:
+async def test_tokens_and_log_probabilities_are_those_of_one_server(pair: tuple[Server, Server]) -> None:
     prefill, decode = pair
     for attempt in range(3):
         prompt = [int(token) for token in np.random.default_rng(attempt).integers(2, 90, 70 + attempt)]
@@ -124,15 +114,16 @@ async def test_tokens_and_log_probabilities_are_those_of_one_server(
         assert handoff.version == VERSION
         chunks = await decoded(decode, asked, handoff)
         assert await transferred(decode) > before, "the decode server computed the prompt itself"
-        expected, logprobs = reference(model_directory, prompt, 8)
-        assert [int(token) for chunk in chunks for token in chunk.tokens] == expected
-        got = [float(value) for chunk in chunks for value in chunk.logprobs]
-        np.testing.assert_allclose(got, logprobs, atol=1e-3)
+        tokens = np.concatenate([chunk.tokens for chunk in chunks])
+        assert tokens.tolist() == greedy(0, asked.prompt, 8)
+        logits = logits_of(0, np.concatenate([asked.prompt, tokens]))[len(prompt) - 1 : -1]
+        got = np.concatenate([chunk.logprobs for chunk in chunks])
+        np.testing.assert_allclose(got, logprobs_of(logits, tokens), atol=1e-3)
         assert chunks[-1].finish_reason is FinishReason.LENGTH
         assert {int(version) for chunk in chunks for version in chunk.versions} == {VERSION}
 
 
-async def test_kv_of_another_version_is_left_where_it_is(pair: tuple[Server, Server], model_directory: Path) -> None:
+async def test_kv_of_another_version_is_left_where_it_is(pair: tuple[Server, Server]) -> None:
     prefill, decode = pair
     prompt = [int(token) for token in np.random.default_rng(9).integers(2, 90, 70)]
     asked = request("stale", prompt, 4)
@@ -140,4 +131,4 @@ async def test_kv_of_another_version_is_left_where_it_is(pair: tuple[Server, Ser
     before = await transferred(decode)
     chunks = await decoded(decode, asked, ServerHandoff(version=handoff.version - 1, params=handoff.params))
     assert await transferred(decode) == before
-    assert [int(token) for chunk in chunks for token in chunk.tokens] == reference(model_directory, prompt, 4)[0]
+    assert [int(token) for chunk in chunks for token in chunk.tokens] == greedy(0, asked.prompt, 4)
