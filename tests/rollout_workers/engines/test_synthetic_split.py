@@ -17,7 +17,7 @@ from rollout_workers.engines.synthetic.config import SyntheticEngineConfig
 from rollout_workers.engines.synthetic.cost_model import CostModel
 from rollout_workers.engines.synthetic.engine import SyntheticEngine
 from rollout_workers.engines.synthetic.sending import Sending
-from rollout_workers.engines.synthetic.weights import STAMP, VersionedWeights, Vocabulary
+from rollout_workers.engines.synthetic.weights import STAMP, VersionedWeights, Vocabulary, read_weights
 
 COST = CostModel(
     prefill_rate=1000.0,
@@ -133,7 +133,8 @@ async def test_clients_pair_modelled_engines_and_hear_when_their_kv_is_gone(tmp_
     assert split.client.handed_over == 2, "a few new tokens stay where the session's KV is"
     for actor in split.actors.values():
         actor._engine.stage_begin(1)
-        actor._engine.stage_tensor(STAMP, np.array([1.0]))
+        for name, tensor in (read_weights(tmp_path) | {STAMP: np.array([1.0])}).items():
+            actor._engine.stage_tensor(name, tensor)
         actor._engine.stage_end()
         await actor.commit(1, "recompute")
     await split.client.generate(request("a3", 250, "a"))  # with its answer the client hears of the commit
