@@ -110,36 +110,37 @@ async def _start_at(adapter: ServerAdapter, launch: Launch, log: Path, times: Se
 async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float) -> None:
     """Probe until it answers 200; ends at once when the process does."""
     process = server.process
-    ended = asyncio.create_task(process.ended.wait()) if process is not None else None
-    last = "no answer yet"
+    ended = asyncio.create_task(process.ended.wait() if process is not None else asyncio.Event().wait())
+    last = ["no answer yet"]
+    probing = asyncio.create_task(_probe_until_ready(adapter, server.connection, last))
     try:
         async with asyncio.timeout(timeout_s):
-            while True:
-                ready, last = await _probe(adapter, server.connection)
-                if ready:
-                    return
-                if ended is None:
-                    await asyncio.sleep(PROBE_EVERY_S)  # a server does not say when it begins to answer
-                elif (await asyncio.wait({ended}, timeout=PROBE_EVERY_S))[0]:
-                    assert process is not None
-                    raise ServerNotStarted(_explained(f"{adapter.name} did not start", process))
+            await asyncio.wait({ended, probing}, return_when=asyncio.FIRST_COMPLETED)
+        if process is not None and ended.done():
+            raise ServerNotStarted(_explained(f"{adapter.name} did not start", process))
+        probing.result()
     except TimeoutError:
-        what = f"{adapter.name} at {server.connection.url} was not ready within {timeout_s:g} s ({last})"
+        what = f"{adapter.name} at {server.connection.url} was not ready within {timeout_s:g} s ({last[0]})"
         raise ServerNotStarted(what if process is None else _explained(what, process)) from None
     finally:
-        if ended is not None:
-            ended.cancel()
+        ended.cancel()
+        probing.cancel()
 
 
-async def _probe(adapter: ServerAdapter, connection: ServerConnection) -> tuple[bool, str]:
-    try:
-        async with asyncio.timeout(PROBE_S):
-            reply = await connection.send(adapter.ready())
-    except TimeoutError:
-        return False, f"no answer within {PROBE_S:g} s"
-    except (ServerUnreachable, ServerSilent) as error:
-        return False, str(error)
-    return reply.status == 200, f"it answered {reply.status}"
+async def _probe_until_ready(adapter: ServerAdapter, connection: ServerConnection, last: list[str]) -> None:
+    """Ask until it answers 200; ``last[0]`` says how the last probe went."""
+    while True:
+        try:
+            async with asyncio.timeout(PROBE_S):
+                reply = await connection.send(adapter.ready())
+            if reply.status == 200:
+                return
+            last[0] = f"it answered {reply.status}"
+        except TimeoutError:
+            last[0] = f"no answer within {PROBE_S:g} s"
+        except (ServerUnreachable, ServerSilent) as error:
+            last[0] = str(error)
+        await asyncio.sleep(PROBE_EVERY_S)  # a server does not say when it begins to answer
 
 
 async def _identify(adapter: ServerAdapter, connection: ServerConnection, max_len: int) -> None:
