@@ -316,6 +316,10 @@ def joined(chunks: list[TokenChunk]) -> TokenChunk:
     )
 
 
+ENGINE_LANE = ("submit", "collect")
+"""What workers call of an engine over a socket (`experience.transport.lane.OverLane`)."""
+
+
 class RayEngineHandle:
     """An engine actor's handle with plain awaitable calls."""
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from experience.accounting import Account, Cause
 from experience.books import clock, process_books
+from experience.transport.lane import LaneServer
 from experience.wire import decode, encode
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.config import EnginesConfig
@@ -52,6 +53,11 @@ class EngineActor:
         self._runner: asyncio.Task[None] | None = None
         self._first_token_at: float | None = None
         self._account: Account | None = None
+        self._lane = LaneServer(f"engine {name}", {"submit": self.submit, "collect": self._collect_for})
+
+    async def endpoint(self) -> bytes:
+        """Where `submit` and `collect` can be called over a socket (see `experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def load(self, model_path: str, dtype: str, threads: int, version: int) -> int:
         """Load model and tokenizer; the weights on disk count as ``version``. Returns the bytes of the weights."""
@@ -101,6 +107,9 @@ class EngineActor:
                 return encode([])
         chunks, self._outbox[client] = self._outbox[client], []
         return encode(chunks)
+
+    async def _collect_for(self, client: bytes) -> bytes:
+        return await self.collect(client.decode())
 
     async def stage(self, offer: bytes) -> int:
         """Fetch a published version into the shadow weights while decoding goes on. Returns the version."""
@@ -179,6 +188,7 @@ class EngineActor:
         """Let go of the transports' shared resources."""
         if self._runner is not None:
             self._runner.cancel()
+        self._lane.close()
         if self._receiver is not None:
             self._receiver.close()
 
