@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
+import threading
 
 import click
 
@@ -36,3 +39,5 @@ class BenchGroup(click.Group):
 @click.group(cls=BenchGroup)
 def bench() -> None:
     """Measure, and write the figures with machine, versions and seeds."""
+    if threading.current_thread() is threading.main_thread():  # a benchmark that is ended ends the runs it started
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +25,13 @@ from benchmarks.sync_vs_async.clusters import (
     unmeasured,
 )
 from benchmarks.sync_vs_async.evidence import read_evidence
+from benchmarks.sync_vs_async.measure import window_of
 from benchmarks.sync_vs_async.processes import BenchError, train
+from benchmarks.sync_vs_async.work import UnitCosts
 from orchestrator.bound import LagStatistics, split_of
 from orchestrator.composition import ConfigError
-from orchestrator.config import Config
+from orchestrator.config import Config, load
+from orchestrator.run_directory import RunDirectory
 from orchestrator.simulator.report import Outcome
 from orchestrator.simulator.simulate import calibration_of, simulate_mode
 from orchestrator.simulator.simulation import SimulationOptions
@@ -75,27 +79,41 @@ def compare(cluster: Cluster, mode: str, seed: int, directory: Path, timeout_s: 
 
     The split of the accelerators is the cost model's. Raises BenchError when the run fails or is too short.
     """
+    cluster = cluster.timed_for(mode)
     shared = config_of(overrides_of(mode_settings(cluster, "sync", Split(0, 0), seed)))
     split = Split(*split_of(calibration_of(shared), cluster.replicas))
     overrides = overrides_of(mode_settings(cluster, mode, split, seed))
+    run = train(BASE, overrides, directory / f"{cluster.suite}-{seed}" / mode, timeout_s)
+    return compare_run(cluster, mode, run.directory, run.wall_s)
+
+
+def compare_run(cluster: Cluster, mode: str, run: Path, wall_s: float | None = None) -> Pair:
+    """Simulate the configuration of a finished run and compare the same steps of both.
+
+    Raises BenchError when there is no such run or it is too short.
+    """
+    files = RunDirectory(run)
+    if not files.summary.is_file():
+        raise BenchError(f"{run} holds no finished run of {cluster.suite}, {mode}; run it, or leave --runs out")
+    config = load([str(files.config)])
     skip, leave = unmeasured(cluster, mode)
-    outcome = simulate_as(config_of(overrides), skip, leave)
-    run = train(BASE, overrides, directory / f"{cluster.suite}-{mode}", timeout_s)
-    evidence = read_evidence(run.directory)
-    steps = evidence.window(skip, leave)
+    outcome = simulate_as(config, skip, leave)
+    evidence = read_evidence(run)
+    window = window_of(evidence, UnitCosts.from_config(config), skip, leave)
     lags: Counter[int] = Counter()
-    for step in steps:
+    for step in window.steps:
         lags.update(step.lags())
-    began_at = evidence.steps[skip - 1].ended_at
+    kept = {lag: tokens for lag, tokens in lags.items() if lag <= config.staleness.max_lag}
+    summary = json.loads(files.summary.read_text(encoding="utf-8"))
     return Pair(
         suite=cluster.suite,
         mode=mode,
-        steps=len(steps),
-        real_step_s=(steps[-1].ended_at - began_at) / len(steps) * cluster.time_scale,
+        steps=len(window.steps),
+        real_step_s=window.step_s * config.engines.synthetic.time_scale,
         simulated_step_s=outcome.step_s,
-        real_lag=LagStatistics.of({lag: tokens for lag, tokens in lags.items() if lag <= cluster.max_lag}).mean,
+        real_lag=LagStatistics.of(kept).mean,
         simulated_lag=LagStatistics.of(outcome.window.lags).mean,
-        real_wall_s=run.wall_s,
+        real_wall_s=float(summary["wall_s"]) if wall_s is None else wall_s,
         simulated_wall_s=outcome.wall_s,
     )
 
@@ -158,6 +176,11 @@ def figure_of(pairs: list[Pair]) -> Any:
     "--suite", "suites", multiple=True, help=f"{', '.join(CLUSTERS)}; may be repeated. [default: reason, swe, mixed]"
 )
 @click.option("--modes", default="sync,async", show_default=True)
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Compare with the runs that `bench sync-vs-async --dir` left here, instead of new ones.",
+)
 @click.option("--accelerators", type=click.IntRange(min=4), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True, help="Steps compared.")
 @click.option("--time-scale", type=click.FloatRange(min=0, min_open=True), help="Instead of each suite's own.")
@@ -173,6 +196,7 @@ def figure_of(pairs: list[Pair]) -> Any:
 def simulator(
     suites: tuple[str, ...],
     modes: str,
+    runs: Path | None,
     accelerators: int,
     steps: int,
     time_scale: float | None,
@@ -188,7 +212,12 @@ def simulator(
     console, pairs = Console(), []
     try:
         for suite in suites or ("reason", "swe", "mixed"):
-            cluster = find_cluster(suite).sized(accelerators).measuring(steps)
+            cluster = find_cluster(suite)
+            if runs is not None:
+                found = runs / f"{suite}-{seed}"
+                pairs += [compare_run(cluster, mode, found / mode) for mode in modes.split(",")]
+                continue
+            cluster = cluster.sized(accelerators).measuring(steps)
             cluster = replace(cluster, time_scale=time_scale) if time_scale is not None else cluster
             pairs += [compare(cluster, mode, seed, directory, timeout_s) for mode in modes.split(",")]
     except (BenchError, ConfigError) as error:

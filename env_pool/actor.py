@@ -18,7 +18,7 @@ from inspect import isawaitable, iscoroutinefunction
 from time import monotonic
 from typing import Any
 
-from env_pool.batches import BatchServer
+from env_pool.batches import BatchServer, batch_lane
 from env_pool.calls import Call, CallResult, FaultRecord, Method, Started
 from env_pool.config import EnvironmentsConfig
 from env_pool.environment import Environment, StepResult, ToolEnvironment, as_observation
@@ -58,6 +58,7 @@ class EnvironmentActor:
         self._exit_process = exit_process
         self._runner = Runner(f"environments-{index}")
         self._server = BatchServer(self._handle)
+        self._lane = batch_lane(self, f"environment actor {index}")
         self._hosted: dict[str, _Hosted] = {}
         self._classes: dict[str, asyncio.Future[type[Environment]]] = {}
         self._closing: set[asyncio.Future[bytes]] = set()
@@ -69,6 +70,10 @@ class EnvironmentActor:
         self._account = process_books().account()
         self._account.switch(Cause.IDLE, clock())
         self._in_progress = 0
+
+    async def endpoint(self) -> bytes:
+        """Where calls can be made over a socket (see :mod:`experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def call_many(self, payload: bytes) -> bytes:
         """A batch of calls; see :mod:`env_pool.batches`."""

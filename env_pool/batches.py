@@ -13,12 +13,13 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from env_pool.coalesce import Coalescer
 from env_pool.pacing import in_slices
+from experience.transport.lane import LaneCallError, LaneLostError, LaneServer
 from experience.wire import decode, encode
 
 COLLECT_HOLD_S = 20.0
@@ -57,7 +58,24 @@ class ActorLost(Exception):
 def _transport_errors() -> tuple[type[BaseException], ...]:
     from ray.exceptions import RayError
 
-    return (ActorLost, RayError)
+    return (ActorLost, LaneLostError, LaneCallError, RayError)
+
+
+class BatchActor(Protocol):
+    """An actor whose calls come in batches."""
+
+    async def call_many(self, payload: bytes) -> bytes: ...
+
+    async def collect(self, client: str) -> bytes: ...
+
+
+LANE_METHODS = ("call_many", "collect")
+"""What clients call over a socket (`experience.transport.lane.OverLane`)."""
+
+
+def batch_lane(actor: BatchActor, what: str) -> LaneServer:
+    """The socket over which the calls of an actor can be made."""
+    return LaneServer(what, {"call_many": actor.call_many, "collect": lambda client: actor.collect(client.decode())})
 
 
 class BatchServer:

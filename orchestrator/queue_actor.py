@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from experience.queue import ExperienceQueue
 from experience.records import GroupHeader
 from experience.staleness import make_policy
 from experience.transport.frames import Endpoint, LeaseRequest
+from experience.transport.listening import own_address
 from experience.transport.server import QueueServer
 from experience.wire import decode, encode
 
@@ -327,9 +327,3 @@ class Bell:
         for rang in self._waiting:
             if not rang.done():
                 rang.set_result(None)
-
-
-def own_address() -> str:
-    """The address under which this machine is known in the Ray cluster; empty outside of one."""
-    ray = sys.modules.get("ray")  # outside of a cluster it need not even be installed
-    return str(ray.util.get_node_ip_address()) if ray is not None and ray.is_initialized() else ""

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from env_pool.batches import LANE_METHODS
 from env_pool.config import EnvironmentsConfig, RewardConfig
 from env_pool.fleet import OnLost
 from experience.books import clock
 from experience.entries import Added, EpisodeEntry
 from experience.slots import Wait
 from experience.transport.client import QueueProducer, producer_for
+from experience.transport.lane import OverLane
 from experience.wire import decode, encode
 from experience.workload_trace import TraceHeader, WorkloadTraceWriter
 from rollout_workers.assignments import Assignment, EpisodeReport
@@ -99,10 +101,14 @@ class RolloutWorkerActor:
         settings = self._settings
         deliverer = QueueDeliverer(queue, controller, await producer_for(queue))
         self._pool = EnvironmentPool(
-            environments, settings.environments, self.name, self._tells(controller, "environment")
+            [_over_lane(handle, "environment actor") for handle in environments],
+            settings.environments,
+            self.name,
+            self._tells(controller, "environment"),
         )
         if settings.rewards:
-            self._rewards = RewardClient(rewards, settings.rewards, self.name, self._tells(controller, "reward"))
+            scorers = [_over_lane(handle, "reward actor") for handle in rewards]
+            self._rewards = RewardClient(scorers, settings.rewards, self.name, self._tells(controller, "reward"))
         self._watchdog = LoopWatchdog(BLOCKED_S, partial(self._is_blocked, controller))
         self._worker = RolloutWorker(
             self.name,
@@ -143,9 +149,9 @@ class RolloutWorkerActor:
         engines = self.worker.engines
         if isinstance(engines, PairedEngineClient):
             role, address = await handle.kv_place.remote()
-            engines.add_paired_engine(name, RayEngineHandle(handle), EngineRole(role), address, since)
+            engines.add_paired_engine(name, RayEngineHandle(handle, name), EngineRole(role), address, since)
         else:
-            engines.add_engine(name, RayEngineHandle(handle), since)
+            engines.add_engine(name, RayEngineHandle(handle, name), since)
 
     async def set_engine_role(self, name: str, role: str) -> None:
         """An engine prefills from now on, or decodes (only where the two are split)."""
@@ -167,11 +173,11 @@ class RolloutWorkerActor:
         return None if loss is None else (loss.requests, loss.noticed_at, loss.placed_at)
 
     async def replace_environment(self, index: int, handle: Any) -> None:
-        self._pool.replace(index, handle)
+        self._pool.replace(index, _over_lane(handle, "environment actor"))
 
     async def replace_reward(self, index: int, handle: Any) -> None:
         if self._rewards is not None:
-            self._rewards.replace(index, handle)
+            self._rewards.replace(index, _over_lane(handle, "reward actor"))
 
     async def recover(self, directories: list[str]) -> None:
         """Read the step logs of dead workers."""
@@ -205,3 +211,7 @@ class RolloutWorkerActor:
         if self._worker is not None:
             await self._worker.close()
         self._ended.set()
+
+
+def _over_lane(handle: Any, what: str) -> OverLane:
+    return OverLane(handle, what, LANE_METHODS)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from experience.transport.lane import OverLane
+from rollout_workers.engines.lane import ENGINE_LANE
 from rollout_workers.engines.protocol import GenerateRequest, TokenChunk
 
 
@@ -74,14 +76,14 @@ def holders(engines: Mapping[str, EngineLine], members: Sequence[str], request: 
 
 
 class RayEngineHandle:
-    """An engine actor's handle with plain awaitable calls."""
+    """An engine actor's handle with plain awaitable calls, over the actor's socket where it has one."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, actor: Any, name: str = "") -> None:
+        self._actor = OverLane(actor, f"engine {name}", ENGINE_LANE)
 
     async def submit(self, batch: bytes) -> bytes | None:
         load: bytes | None = await self._actor.submit.remote(batch)
-        return load
+        return load or None
 
     async def collect(self, client: str) -> bytes:
         result: bytes = await self._actor.collect.remote(client)

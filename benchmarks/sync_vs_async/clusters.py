@@ -100,8 +100,12 @@ CLUSTERS = {
     for cluster in (
         Cluster("reason", groups=64, in_flight=128, target_lag=2.0, time_scale=80.0, window=5, sync_steps=3),
         Cluster("swe", groups=32, in_flight=176, target_lag=2.5, time_scale=90.0),
-        Cluster("long", groups=32, in_flight=208, target_lag=4.0, time_scale=300.0, warm_up=5, sync_hurry=4.0),
-        Cluster("mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=120.0, warm_up=5, sync_hurry=4.0),
+        Cluster(
+            "long", groups=32, in_flight=240, target_lag=4.0, time_scale=300.0, warm_up=6, window=5, sync_hurry=4.0
+        ),
+        Cluster(
+            "mixed", groups=40, in_flight=220, target_lag=4.0, time_scale=120.0, warm_up=8, window=5, sync_hurry=4.0
+        ),
         Cluster(
             "fault",
             groups=32,

@@ -151,7 +151,6 @@ def _learning(
     return [
         LearningSettings(
             steps=count,
-            eval_every=max(1, min(defaults.eval_every, count // 2)),
             delay_scale=scale,
             overrides=overrides,
             timeout_s=timeout_s,

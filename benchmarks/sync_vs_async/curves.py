@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SMOOTH = 3
-"""Evaluations that are averaged: one of 200 tasks has a standard error of three points."""
+SMOOTH = 10
+"""Steps whose rewards are averaged: one of 128 episodes has a standard error of three points."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out success by seconds of training, start-up and (where training waits for them) evaluations left out."""
+    """Mean reward of the episodes of each step by seconds of training; start-up is left out."""
 
     seconds: list[float]
     steps: list[int]
-    success: list[float]
+    reward: list[float]
 
     def smoothed(self) -> list[float]:
         """Each point the mean of itself and up to ``SMOOTH - 1`` before it."""
-        return [_mean(self.success[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(self.success))]
+        return [_mean(self.reward[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(self.reward))]
 
     @property
     def final(self) -> float:
@@ -47,24 +47,26 @@ def curve_of(lines: Sequence[Mapping[str, Any]], *, evaluation_pauses: bool) -> 
     during an evaluation) the time from a version's step to its evaluation's result is left out; otherwise training goes on
     meanwhile, more slowly, and that counts.
 
-    Raises ValueError when there is no step or no evaluation.
+    Raises ValueError when no step has a reward.
     """
-    steps = {int(line["step"]): line for line in lines if "time/step_s" in line}
-    evaluations = sorted((line for line in lines if "eval/success" in line), key=lambda line: int(line["step"]))
-    if not steps or not evaluations:
-        raise ValueError(f"{len(steps)} steps and {len(evaluations)} evaluations: at least one of each makes a curve")
-    first = steps[min(steps)]
-    origin = float(first["time"]) - float(first["time/step_s"])
-    seconds, numbers, success, paused = [], [], [], 0.0
-    for line in evaluations:
+    steps = sorted((line for line in lines if "time/step_s" in line), key=lambda line: int(line["step"]))
+    if not any("reward/mean" in line for line in steps):
+        raise ValueError(f"{len(steps)} steps, none of them with a reward: at least one makes a curve")
+    ended = {int(line["step"]): float(line["time"]) for line in steps}
+    origin = float(steps[0]["time"]) - float(steps[0]["time/step_s"])
+    pauses = {
+        int(line["step"]): max(0.0, float(line["time"]) - ended.get(int(line["step"]), origin))
+        for line in lines
+        if evaluation_pauses and "eval/success" in line
+    }
+    curve = Curve([], [], [])
+    for line in (line for line in steps if "reward/mean" in line):
         number = int(line["step"])
-        at = origin if number < min(steps) else float(steps[number]["time"])
-        seconds.append(max(0.0, at - origin - paused))
-        numbers.append(number)
-        success.append(float(line["eval/success"]))
-        if evaluation_pauses:
-            paused += max(0.0, float(line["time"]) - at)
-    return Curve(seconds, numbers, success)
+        paused = sum(seconds for step, seconds in pauses.items() if step < number)
+        curve.seconds.append(max(0.0, float(line["time"]) - origin - paused))
+        curve.steps.append(number)
+        curve.reward.append(float(line["reward/mean"]))
+    return curve
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Race:
 
     def to_dict(self) -> dict[str, Any]:
         curves = {
-            name: {"seconds": curve.seconds, "steps": curve.steps, "success": curve.success}
+            name: {"seconds": curve.seconds, "steps": curve.steps, "reward": curve.reward}
             for name, curve in (("sync", self.sync), ("async", self.asynchronous))
         }
         return {"seed": self.seed, "level": self.level, "ratio": self.ratio, "curves": curves}

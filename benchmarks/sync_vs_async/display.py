@@ -189,7 +189,7 @@ def learning_table(result: LearningResult) -> RenderableType:
 
 
 def learning_figure(results: Sequence[LearningResult]) -> Any:
-    """Held-out success against seconds of training: thin lines a seed, points the evaluations, a panel a case."""
+    """Mean reward of trained episodes against seconds of training: points are steps, lines smoothed, a panel a case."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(results), 3.6))
@@ -199,10 +199,10 @@ def learning_figure(results: Sequence[LearningResult]) -> Any:
             for curve, colour, name in ((race.sync, SYNC_COLOUR, "sync"), (race.asynchronous, ASYNC_COLOUR, "async")):
                 label = name if position == 0 else None
                 axes.plot(curve.seconds, curve.smoothed(), color=colour, linewidth=1.5, alpha=0.8, label=label)
-                axes.scatter(curve.seconds, curve.success, color=colour, s=6, alpha=0.5)
+                axes.scatter(curve.seconds, curve.reward, color=colour, s=3, alpha=0.25)
         axes.set_title(result.settings.case)
         axes.set_xlabel("seconds of training")
-        axes.set_ylabel("success on held-out tasks")
+        axes.set_ylabel("reward")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()

@@ -29,8 +29,8 @@ class LearningSettings:
 
     config: str = "quickstart"
     steps: int = 100
-    eval_every: int = 10
     held_out: int = 200
+    """Tasks of the evaluations before and after training; none in between."""
     async_steps: float = 1.3
     """Steps of the asynchronous run over those of the synchronous one: what counts is when it is as good."""
     delay_scale: float | None = None
@@ -116,7 +116,7 @@ def tune_sync(
     for threads in SYNC_CHOICES:
         say(f"{settings.case}: sync with {threads.engine} and {threads.learner} threads, {TUNING_STEPS} steps")
         target = directory / f"tune-{threads.engine}-{threads.learner}"
-        quiet = ["run.eval_every=0", "tasks.held_out=0"]
+        quiet = ["tasks.held_out=0"]
         run = _train(settings, "sync", seed, TUNING_STEPS, threads, target, model, quiet)
         model = model or run.directory / "model"
         times[threads] = _step_s(run)
@@ -137,7 +137,7 @@ def _train(
     model: Path | None,
     more: list[str] | None = None,
 ) -> FinishedRun:
-    overrides = [f"mode={mode}", f"seed={seed}", f"run.steps={steps}", f"run.eval_every={settings.eval_every}"]
+    overrides = [f"mode={mode}", f"seed={seed}", f"run.steps={steps}", "run.eval_every=0"]
     overrides += ["run.checkpoint_every=0", f"tasks.held_out={settings.held_out}", *threads.overrides]
     if settings.delay_scale is not None:
         overrides += [f"tasks.environment={SLOW_SHOP}", f"tasks.options.{DELAY_SCALE}={settings.delay_scale}"]
@@ -168,7 +168,7 @@ def _step_lines(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def _step_s(run: FinishedRun) -> float:
-    """Median seconds from step to step after the first few (a median: evaluations pause a synchronous run)."""
+    """Median seconds from step to step after the first few (a median: an evaluation pauses a synchronous run)."""
     lines = _step_lines(run)[TUNING_SKIP:]
     return float(median(later["time"] - earlier["time"] for earlier, later in pairwise(lines)))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from env_pool.batches import BatchServer
+from env_pool.batches import BatchServer, batch_lane
 from env_pool.config import RewardConfig
 from env_pool.rewards.branches import Branch, BranchFailed, combine, load_branches
 from env_pool.rewards.records import RewardCall, RewardResult, RewardSample
@@ -42,12 +42,17 @@ class RewardActor:
         self._retiring = False
         self._runner = Runner(f"rewards-{index}")
         self._server = BatchServer(self._handle)
+        self._lane = batch_lane(self, f"reward actor {index}")
         self._running: dict[str, asyncio.Task[RewardResult]] = {}
         self._scored = 0
         self._failed = 0
         self._cancelled = 0
         self._account = process_books().account()
         self._account.switch(Cause.IDLE, clock())
+
+    async def endpoint(self) -> bytes:
+        """Where calls can be made over a socket (see :mod:`experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def call_many(self, payload: bytes) -> bytes:
         """A batch of :class:`~env_pool.rewards.records.RewardCall`; see :mod:`env_pool.batches`."""

@@ -9,29 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from experience.entries import Added, EpisodeEntry
-from experience.transport.frames import (
-    ADDED_OF,
-    MAX_BODY_BYTES,
-    Endpoint,
-    FrameError,
-    FrameReader,
-    Kind,
-    LeaseRequest,
-    head,
-    prove,
-)
-from experience.transport.server import set_options
+from experience.transport.connecting import ProvedChannel, connect
+from experience.transport.frames import ADDED_OF, Endpoint, Kind, LeaseRequest, head
 from experience.wire import decode, encode
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 10.0
 AT_ONCE_BYTES = 256 << 10
 """How much of a large batch is encoded before it is sent."""
 RETRY_S = 5.0
@@ -54,56 +42,19 @@ class _Call:
     error: str | None = None
 
 
-class _Channel(asyncio.BufferedProtocol):
+class _Channel(ProvedChannel):
     """One connection to the queue."""
 
     def __init__(self, token: bytes) -> None:
-        self._token = token
-        self._reader = FrameReader(MAX_BODY_BYTES)
+        super().__init__(token, "queue")
         self._calls: dict[int, _Call] = {}
         self._number = 0
-        self._loop = asyncio.get_running_loop()
-        self.welcome: asyncio.Future[None] = self._loop.create_future()
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self.closed = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        connection = transport.get_extra_info("socket")
-        self.network = "unix" if connection.family == socket.AF_UNIX else "tcp"
-        set_options(connection)
-        self._transport.set_write_buffer_limits(high=1 << 20)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed = True
-        self._writable.set()
-        reason = f"the connection to the queue ended ({exc or 'closed by it'})"
-        waiting = [self.welcome, *(call.done for call in self._calls.values())]
-        self._calls.clear()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(ConnectionResetError(reason))
-        if self.welcome.done():
-            self.welcome.exception()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        del sizehint
-        return self._reader.free()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        try:
-            for kind, number, body in self._reader.received(nbytes):
-                self._take(kind, number, body)
-        except FrameError as error:
-            logger.error("the connection to the queue was ended: %s", error)
-            self.close()
+    def abandon(self, error: ConnectionError) -> None:
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if not call.done.done():
+                call.done.set_exception(error)
 
     async def add(self, entries: Sequence[EpisodeEntry]) -> list[Added]:
         number, call = self._new_call(len(entries))
@@ -115,10 +66,10 @@ class _Channel(asyncio.BufferedProtocol):
                 frames += (head(Kind.ADD, number, len(body)), body)
                 unsent += len(body)
                 if unsent >= AT_ONCE_BYTES:
-                    await self._write(frames)
+                    await self.write(frames)
                     frames, unsent = [], 0
                     await asyncio.sleep(0)  # what was written leaves while the rest is encoded
-            await self._write(frames)
+            await self.write(frames)
             await call.done
         finally:
             self._calls.pop(number, None)
@@ -128,14 +79,11 @@ class _Channel(asyncio.BufferedProtocol):
         number, call = self._new_call(0)
         body = encode(request)
         try:
-            await self._write([head(Kind.LEASE, number, len(body)), body])
+            await self.write([head(Kind.LEASE, number, len(body)), body])
             await call.done
         finally:
             self._calls.pop(number, None)
         return call.groups
-
-    def close(self) -> None:
-        self._transport.abort()
 
     def _new_call(self, expected: int) -> tuple[int, _Call]:
         if self.closed:
@@ -145,22 +93,7 @@ class _Channel(asyncio.BufferedProtocol):
         self._calls[self._number] = call
         return self._number, call
 
-    async def _write(self, frames: list[bytes]) -> None:
-        """Returns when they are sent or buffered; a connection that has ended is told by the call's future."""
-        if not self._writable.is_set():
-            await self._writable.wait()
-        if not self.closed:
-            self._transport.writelines(frames)
-
-    def _take(self, kind: int, number: int, body: bytes) -> None:
-        if kind == Kind.CHALLENGE:
-            proof = prove(self._token, body)
-            self._transport.writelines([head(Kind.HELLO, 0, len(proof)), proof])
-            return
-        if kind == Kind.WELCOME:
-            if not self.welcome.done():
-                self.welcome.set_result(None)
-            return
+    def take(self, kind: int, number: int, body: bytes) -> None:
         call = self._calls.get(number)
         if call is None or call.done.done():
             return
@@ -206,10 +139,11 @@ class _Client:
         async with self._opening:
             if self._channel is not None and not self._channel.closed:
                 return self._channel
-            if self._endpoint is None or loop.time() < self._next_attempt:
+            endpoint = self._endpoint
+            if endpoint is None or loop.time() < self._next_attempt:
                 return None
             try:
-                self._channel = await _connect(self._endpoint)
+                self._channel = await connect(endpoint, lambda: _Channel(endpoint.token))
             except OSError as error:
                 self._failed(error)
                 return None
@@ -284,38 +218,3 @@ async def consumer_for(queue: Any) -> QueueConsumer:
 
 async def _endpoint_of(queue: Any) -> Endpoint | None:
     return next(iter(decode(await queue.endpoint.remote(), list[Endpoint])), None)
-
-
-async def _connect(endpoint: Endpoint) -> _Channel:
-    """A proven connection, over the Unix socket if the queue is on this machine. Raises ``OSError``."""
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            try:
-                channel = await _connect_local(endpoint)
-            except OSError:
-                if not endpoint.port:
-                    raise
-                _, channel = await loop.create_connection(
-                    lambda: _Channel(endpoint.token), endpoint.host, endpoint.port
-                )
-            await channel.welcome
-    except TimeoutError:
-        raise ConnectionError(
-            f"no connection to the queue at {endpoint.host}:{endpoint.port} within {CONNECT_S:g} s"
-        ) from None
-    return channel
-
-
-async def _connect_local(endpoint: Endpoint) -> _Channel:
-    """Over the Unix socket, connected by hand: not every event loop takes an abstract name."""
-    loop = asyncio.get_running_loop()
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)
-    try:
-        connection.connect(endpoint.local)
-        _, channel = await loop.create_unix_connection(lambda: _Channel(endpoint.token), sock=connection)
-    except OSError:
-        connection.close()
-        raise
-    return channel

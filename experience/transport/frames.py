@@ -11,7 +11,9 @@ added        queue               one letter an episode (`LETTER_OF`), in the ord
 lease        consumer            one encoded `LeaseRequest`
 group        queue               one encoded group, for each group leased
 leased       queue               nothing: the end of the call
-error        queue               why a call failed, as text
+error        queue, actor        why a call failed, as text
+call + n     client              the argument of an actor's method number n (see `experience.transport.lane`)
+returned     actor               what the method returned
 ===========  ==================  ==============================================================================
 
 No frame holds code: bodies are msgpack, decoded into declared types, and none is larger than the reader's bound.
@@ -51,6 +53,9 @@ class Kind(IntEnum):
     GROUP = 7
     LEASED = 8
     ERROR = 9
+    RETURNED = 10
+    CALL = 64
+    """And all above it: the number of a method is added."""
 
 
 class FrameError(ConnectionError):
@@ -58,7 +63,7 @@ class FrameError(ConnectionError):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a queue listens."""
+    """Where a queue or another actor listens."""
 
     local: str
     """Name of a Unix socket in Linux's abstract name space, for processes of the same machine."""
@@ -83,7 +88,7 @@ def prove(token: bytes, challenge: bytes) -> bytes:
     return hmac.digest(token, challenge, "sha256")
 
 
-def head(kind: Kind, call: int, body_bytes: int) -> bytes:
+def head(kind: int, call: int, body_bytes: int) -> bytes:
     """All of a frame that comes before its body."""
     return HEAD.pack(body_bytes, call, kind)
 

@@ -7,34 +7,18 @@ a connection is held, the rest stays with the producer. A connection that adds m
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import secrets
-import socket
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Protocol
 
 from experience.entries import Added, LeasedGroup
 from experience.journal import JournalError
-from experience.transport.frames import (
-    LETTER_OF,
-    MAX_BODY_BYTES,
-    MAX_STRANGER_BYTES,
-    Endpoint,
-    FrameError,
-    FrameReader,
-    Kind,
-    LeaseRequest,
-    head,
-    prove,
-)
+from experience.transport.frames import LETTER_OF, MAX_BODY_BYTES, FrameError, Kind, LeaseRequest, head
+from experience.transport.listening import ProvedConnection, SocketServer, error_frame
 from experience.wire import Buffer, WireFormatError, decode
 
 logger = logging.getLogger(__name__)
-
-HELLO_S = 20.0
-"""How long a new connection may take to prove itself."""
 
 
 class QueuePort(Protocol):
@@ -50,144 +34,85 @@ class QueuePort(Protocol):
         """Up to ``limit`` groups, none after the time-out."""
 
 
-class QueueServer:
-    """Listens on a Unix socket and, unless ``host`` is empty, on TCP."""
+class QueueServer(SocketServer):
+    """Where producers and consumers of a queue connect."""
 
     def __init__(self, port: QueuePort, max_body: int = MAX_BODY_BYTES) -> None:
+        super().__init__("queue", max_body)
         self.port = port
-        self.max_body = max_body
-        self.token = secrets.token_bytes(32)
-        self.connections: set[_Connection] = set()
-        self._servers: list[asyncio.Server] = []
 
-    async def start(self, host: str) -> Endpoint:
-        """Listen; returns where. Raises ``OSError`` when the address cannot be used."""
-        loop = asyncio.get_running_loop()
-        local = f"\0millrace-queue-{secrets.token_hex(12)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(local)  # by hand: not every event loop takes an abstract name
-        self._servers.append(await loop.create_unix_server(lambda: _Connection(self), sock=listener))
-        port = 0
-        if host:
-            server = await loop.create_server(lambda: _Connection(self), host, 0)
-            self._servers.append(server)
-            port = int(server.sockets[0].getsockname()[1])
-        return Endpoint(local=local, host=host, port=port, token=self.token)
+    def make_connection(self) -> ProvedConnection:
+        return _QueueConnection(self, self.port)
 
     def space(self) -> None:
         """The byte budget has room again: go on with the producers that were refused, in turn."""
         for connection in list(self.connections):
-            connection.resume()
-
-    def close(self) -> None:
-        """Stop listening and end all connections; a second call does nothing."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
-        for connection in list(self.connections):
-            connection.end()
+            if isinstance(connection, _QueueConnection):
+                connection.resume()
 
 
-class _Connection(asyncio.BufferedProtocol):
-    """One client."""
+class _QueueConnection(ProvedConnection):
+    """One producer or consumer."""
 
-    def __init__(self, server: QueueServer) -> None:
-        self._server = server
-        self._reader = FrameReader(MAX_STRANGER_BYTES)
-        self._challenge = secrets.token_bytes(32)
-        self._proved = False
+    def __init__(self, server: SocketServer, port: QueuePort) -> None:
+        super().__init__(server)
+        self.port = port
+        self._answers: list[tuple[int, Added | str]] = []
         self._refused: deque[tuple[int, bytes]] = deque()
         self._leases: set[asyncio.Task[None]] = set()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        set_options(transport.get_extra_info("socket"))
-        self._server.connections.add(self)
-        self._send([head(Kind.CHALLENGE, 0, len(self._challenge)), self._challenge])
-        self._hello_due = asyncio.get_running_loop().call_later(HELLO_S, self._late)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
-        self._hello_due.cancel()
+    def ended(self) -> None:
         self._refused.clear()
         for lease in self._leases:
             lease.cancel()
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        del sizehint
-        return self._reader.free()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        answers: list[tuple[int, Added | str]] = []
-        try:
-            for kind, call, body in self._reader.received(nbytes):
-                if not self._proved:
-                    self._welcome(kind, body)
-                elif kind == Kind.ADD:
-                    self._add(call, body, answers)
-                elif kind == Kind.LEASE:
-                    self._begin_lease(call, body)
-                else:
-                    raise FrameError(f"a frame of kind {kind} is not for a queue")
-        except FrameError as error:
-            logger.warning("a connection to the queue was ended: %s", error)
-            self._transport.abort()
-        self._answer(answers)
+    def take(self, kind: int, call: int, body: bytes) -> None:
+        if kind == Kind.ADD:
+            self._add(call, body)
+        elif kind == Kind.LEASE:
+            self._begin_lease(call, body)
+        else:
+            raise FrameError(f"a frame of kind {kind} is not for a queue")
 
     def resume(self) -> None:
         """Offer again what did not fit."""
         if not self._refused:
             return
-        answers: list[tuple[int, Added | str]] = []
         waiting, self._refused = self._refused, deque()
         for call, body in waiting:
-            self._add(call, body, answers)
+            self._add(call, body)
         if not self._refused:
-            self._transport.resume_reading()
-        self._answer(answers)
+            self.transport.resume_reading()
+        self.taken()
 
-    def end(self) -> None:
-        self._transport.abort()
-
-    def _welcome(self, kind: int, body: bytes) -> None:
-        if kind != Kind.HELLO or not hmac.compare_digest(body, prove(self._server.token, self._challenge)):
-            raise FrameError("it does not know the token of this run")
-        self._proved = True
-        self._reader.max_body = self._server.max_body
-        self._hello_due.cancel()
-        self._send([head(Kind.WELCOME, 0, 0)])
-
-    def _late(self) -> None:
-        logger.warning("a connection to the queue was ended: it did not prove itself within %g s", HELLO_S)
-        self._transport.abort()
-
-    def _add(self, call: int, body: bytes, answers: list[tuple[int, Added | str]]) -> None:
+    def _add(self, call: int, body: bytes) -> None:
         if self._refused:
             self._refused.append((call, body))
             return
         try:
-            added = self._server.port.add_encoded(body)
+            added = self.port.add_encoded(body)
         except WireFormatError as error:
-            answers.append((call, f"not an episode: {error}"))
+            self._answers.append((call, f"not an episode: {error}"))
             return
         except JournalError as error:
-            answers.append((call, str(error)))
+            self._answers.append((call, str(error)))
             return
         if added is not Added.FULL:
-            answers.append((call, added))
+            self._answers.append((call, added))
             return
         self._refused.append((call, body))
-        self._transport.pause_reading()
+        self.transport.pause_reading()
 
-    def _answer(self, answers: list[tuple[int, Added | str]]) -> None:
+    def taken(self) -> None:
+        answers, self._answers = self._answers, []
         if answers:
-            self._server.port.when_durable(lambda error: self._send(_frames_of(answers, error)))
+            self.port.when_durable(lambda error: self.send(_frames_of(answers, error)))
 
     def _begin_lease(self, call: int, body: bytes) -> None:
         try:
             request = decode(body, LeaseRequest)
         except WireFormatError as error:
-            self._send(_error_frame(call, f"not a lease request: {error}"))
+            self.send(error_frame(call, f"not a lease request: {error}"))
             return
         lease = asyncio.get_running_loop().create_task(self._lease(call, request))
         self._leases.add(lease)
@@ -195,32 +120,16 @@ class _Connection(asyncio.BufferedProtocol):
 
     async def _lease(self, call: int, request: LeaseRequest) -> None:
         try:
-            groups = await self._server.port.lease_groups(request)
+            groups = await self.port.lease_groups(request)
         except Exception as error:
             logger.exception("a lease for %s failed", request.consumer)
-            self._send(_error_frame(call, f"{type(error).__name__}: {error}"))
+            self.send(error_frame(call, f"{type(error).__name__}: {error}"))
             return
         frames: list[Buffer] = []
         for group in groups:
             parts = group.encode_parts()
             frames += (head(Kind.GROUP, call, sum(len(part) for part in parts)), *parts)
-        self._send([*frames, head(Kind.LEASED, call, 0)])
-
-    def _send(self, frames: Sequence[Buffer]) -> None:
-        if not self._transport.is_closing():
-            self._transport.writelines(frames)
-
-
-def set_options(connection: socket.socket) -> None:
-    """Small answers leave at once; a machine that vanished is noticed; large records need few wake-ups."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-    if connection.family != socket.AF_UNIX:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        self.send([*frames, head(Kind.LEASED, call, 0)])
 
 
 def _frames_of(answers: list[tuple[int, Added | str]], error: Exception | None) -> list[bytes]:
@@ -233,14 +142,9 @@ def _frames_of(answers: list[tuple[int, Added | str]], error: Exception | None) 
             frames += (head(Kind.ADDED, of_call, len(letters)), letters)
             letters = b""
         if letter is None:
-            frames += _error_frame(call, answer if error is None else str(error))
+            frames += error_frame(call, answer if error is None else str(error))
         else:
             letters, of_call = letters + letter, call
     if letters:
         frames += (head(Kind.ADDED, of_call, len(letters)), letters)
     return [b"".join(frames)]
-
-
-def _error_frame(call: int, message: str) -> list[bytes]:
-    body = message.encode()
-    return [head(Kind.ERROR, call, len(body)), body]

@@ -112,9 +112,7 @@ class PairChooser(Router):
             self._roles[engine] = role
             self._seat()
 
-    def choose(
-        self, session: str, tokens: int = 0, group: str = "", among: Sequence[str] | None = None
-    ) -> str | None:
+    def choose(self, session: str, tokens: int = 0, group: str = "", among: Sequence[str] | None = None) -> str | None:
         """The engine that a request with a prompt of ``tokens`` goes to first, counted as started; None when there is none.
 
         If it is not `decode_of` the session, it prefills and hands over to that one. An earlier request of the session

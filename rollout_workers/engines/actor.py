@@ -32,6 +32,7 @@ from experience.wire import decode, encode
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.lane import engine_lane
 from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode, TokenChunk
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class EngineActor:
         self._runner: asyncio.Task[None] | None = None
         self._first_token_at: float | None = None
         self._account: Account | None = None
+        self._lane = engine_lane(self, name)
+
+    async def endpoint(self) -> bytes:
+        """Where `submit` and `collect` can be called over a socket (see `experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def load(self, model_path: str, dtype: str, threads: int, version: int) -> int:
         """Load model and tokenizer; the weights on disk count as ``version``. Returns the bytes of the weights."""
@@ -244,6 +250,7 @@ class EngineActor:
         """Let go of the transports' shared resources."""
         if self._runner is not None:
             self._runner.cancel()
+        self._lane.close()
         if self._receiver is not None:
             self._receiver.close()
         if self._station is not None:

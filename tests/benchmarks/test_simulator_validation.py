@@ -39,3 +39,16 @@ def test_a_tiny_real_run_is_near_its_simulation(tmp_path: Path) -> None:
     (row,) = json.loads(out.read_text())["results"]
     assert row["real_step_s"] > 0
     assert abs(row["step_error"]) < 0.5
+    again = CliRunner().invoke(
+        simulator, ["--suite", "reason", "--modes", "async", "--runs", str(tmp_path / "runs"), "--json", str(out)]
+    )
+    assert again.exit_code == 0, again.output
+    (reused,) = json.loads(out.read_text())["results"]
+    assert reused["real_step_s"] == row["real_step_s"]
+    assert reused["simulated_step_s"] == pytest.approx(row["simulated_step_s"])
+
+
+def test_missing_runs_are_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(simulator, ["--suite", "swe", "--modes", "sync", "--runs", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "holds no finished run of swe, sync" in result.output

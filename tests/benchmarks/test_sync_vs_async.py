@@ -237,28 +237,35 @@ def test_a_run_that_fails_is_an_error_with_its_output(tmp_path: Path) -> None:
 # --- training for real ------------------------------------------------------------------------------------------------
 
 
-def lines(step_s: float, evaluations: dict[int, float], pause_s: float = 0.0) -> list[dict[str, Any]]:
-    """A metrics file of 20 steps; each evaluation but the first takes ``pause_s``, in which nothing else happens."""
-    made: list[dict[str, Any]] = [{"step": 0, "time": 100.0, "eval/success": evaluations[0]}]
-    now = 100.0
+def lines(step_s: float, pause_s: float = 0.0) -> list[dict[str, Any]]:
+    """A metrics file of 20 steps, each better by 0.03; the evaluation before them takes ``pause_s``, in which nothing happens."""
+    made: list[dict[str, Any]] = [{"step": 0, "time": 100.0 + pause_s, "eval/success": 0.2}]
+    now = 100.0 + pause_s
     for step in range(1, 21):
         now += step_s
+        took = step_s if step > 1 else step_s + pause_s
         made.append(
-            {"step": step, "time": now, "time/step_s": step_s, "time/wait_s": step_s / 2, "episodes/rewarded": 8.0}
+            {
+                "step": step,
+                "time": now,
+                "time/step_s": took,
+                "time/wait_s": step_s / 2,
+                "episodes/rewarded": 8.0,
+                "reward/mean": 0.2 + 0.03 * step,
+            }
         )
-        if step in evaluations:
-            made.append({"step": step, "time": now + pause_s, "eval/success": evaluations[step]})
-            now += pause_s
-    return made
+    return [*made, {"step": 20, "time": now + pause_s, "eval/success": 0.8}]
 
 
 def test_a_curve_leaves_out_start_up_and_the_pauses_of_evaluations() -> None:
-    written = lines(2.0, {0: 0.2, 10: 0.5, 20: 0.8}, pause_s=7.0)
+    written = lines(2.0, pause_s=7.0)
     paused = curve_of(written, evaluation_pauses=True)
-    assert paused.seconds == pytest.approx([0.0, 20.0, 40.0])
-    assert paused.success == [0.2, 0.5, 0.8]
-    assert curve_of(written, evaluation_pauses=False).seconds == pytest.approx([0.0, 20.0, 47.0])
-    with pytest.raises(ValueError, match="0 steps and 0 evaluations"):
+    assert paused.seconds == pytest.approx([2.0 * step for step in range(1, 21)])
+    assert paused.steps == list(range(1, 21))
+    assert paused.reward == pytest.approx([0.2 + 0.03 * step for step in range(1, 21)])
+    assert paused.final == pytest.approx(0.2 + 0.03 * 15.5)
+    assert curve_of(written, evaluation_pauses=False).seconds[-1] == pytest.approx(47.0)
+    with pytest.raises(ValueError, match="0 steps, none of them with a reward"):
         curve_of([], evaluation_pauses=True)
 
 
@@ -284,7 +291,7 @@ def test_sync_is_tuned_first_and_both_modes_start_from_one_model(
         calls.append(given)
         step_s = {"1": 3.0, "2": 2.0}[given["engines.threads"]] if given["mode"] == "sync" else 1.0
         directory.mkdir(parents=True)
-        written = [json.dumps(line) for line in lines(step_s, {0: 0.2, 10: 0.5, 20: 0.8})]
+        written = [json.dumps(line) for line in lines(step_s)]
         (directory / "metrics.jsonl").write_text("\n".join(written) + "\n")
         tokens = {"generated": 10, "masked": 1, "wasted": 0}
         accounts = {"engine-0": {"decode": 100.0, "prefill": 60.0, "idle": 9.0}, "learner-0": {"train": 80.0}}

@@ -26,6 +26,7 @@ from experience.accounting import Account, Cause
 from experience.books import clock, process_books
 from experience.wire import decode, encode
 from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.lane import engine_lane
 from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerCounters
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, join_server, start_server
@@ -78,6 +79,11 @@ class ServerEngineActor:
         self._stall_s = 0.0
         self._watcher: asyncio.Task[None] | None = None
         self._account: Account | None = None
+        self._lane = engine_lane(self, name)
+
+    async def endpoint(self) -> bytes:
+        """Where `submit` and `collect` can be called over a socket (see `experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def load(self, model_path: str | Path, dtype: str, threads: int, version: int) -> int:
         """Start (or find) the server; the weights on disk count as ``version``. Returns the bytes of the weights.
@@ -310,6 +316,7 @@ class ServerEngineActor:
 
     async def stop(self) -> None:
         """End the server if it is ours, and let go of it if it is not."""
+        self._lane.close()
         self._desk.close()
         if self._watcher is not None:
             self._watcher.cancel()
