@@ -13,7 +13,7 @@ from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.disaggregation.pair_chooser import PairChooser
 from rollout_workers.engine_client import EngineClient
 from rollout_workers.engines.protocol import EngineLoad, EngineRole, FinishReason, GenerateRequest, KvTarget, TokenChunk
-from rollout_workers.submission import EngineHandle, Pending
+from rollout_workers.submission import EngineHandle, Pending, holders
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class PairedEngineClient(EngineClient):
         self._router = self.pairs
         self._addresses: dict[str, str] = {}
         self._serial = 0
-        self._handoff_of: dict[str, str] = {}
-        """request -> the hand-off that it is in."""
+        self._handoff_of: dict[str, tuple[str, int | None]] = {}
+        """request -> the hand-off that it is in, and the version that it is pinned to there."""
         self._kv_drops: dict[str, int] = {}
         """How often each engine had dropped its KV when it was last heard of."""
         self._attempts: dict[str, int] = {}
@@ -78,7 +78,12 @@ class PairedEngineClient(EngineClient):
     def _place(self, request: GenerateRequest) -> tuple[str | None, GenerateRequest]:
         session = request.session_id
         home = self.pairs.home(session)
-        name = self.pairs.choose(session, len(request.prompt), request.prefix_group)
+        among = holders(self._engines, self.pairs.members, request)
+        if among is not None and not set(among) & set(
+            self.pairs.decoders
+        ):  # as in `EngineClient`: who came later answers
+            among, request = None, msgspec.structs.replace(request, pinned_version=None)
+        name = self.pairs.choose(session, len(request.prompt), request.prefix_group, among)
         decode = self.pairs.decode_of(session)
         if home is not None and home != decode and home in self._engines:
             self._engines[home].releases.append(session)
@@ -87,7 +92,8 @@ class PairedEngineClient(EngineClient):
         if name is None or decode is None or name == decode:
             return name, request
         self._serial += 1
-        handoff_id = self._handoff_of[request.request_id] = f"{self.client}/{self._serial}"
+        handoff_id = f"{self.client}/{self._serial}"
+        self._handoff_of[request.request_id] = (handoff_id, request.pinned_version)
         target = KvTarget(handoff_id=handoff_id, engine=decode, address=self._addresses[decode])
         return name, msgspec.structs.replace(request, kv_target=target)
 
@@ -119,13 +125,14 @@ class PairedEngineClient(EngineClient):
         request = pending.request
         decode = self.pairs.decode_of(request.session_id)
         engine = self._engines.get(decode) if decode is not None else None
-        handoff_id = self._handoff_of.pop(request.request_id, "")
+        handoff_id, pinned = self._handoff_of.pop(request.request_id, ("", request.pinned_version))
         if decode is None or engine is None or engine.draining:
             self._go_on(pending)
             return
         self.handed_over += 1
         pending.engine, pending.leaving = decode, False
-        engine.requests.append(msgspec.structs.replace(remaining(request, pending.chunks), kv_source=handoff_id))
+        left = remaining(request, pending.chunks)
+        engine.requests.append(msgspec.structs.replace(left, kv_source=handoff_id, pinned_version=pinned))
         engine.wake.set()
 
     def _go_on_without(self, pending: Pending, reason: str) -> None:

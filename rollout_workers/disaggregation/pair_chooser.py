@@ -77,6 +77,11 @@ class PairChooser(Router):
     def in_role(self, role: EngineRole) -> list[str]:
         return [engine for engine, has in self._roles.items() if has is role]
 
+    @property
+    def decoders(self) -> Sequence[str]:
+        """Engines among which requests to decode are divided."""
+        return tuple(self._seats)
+
     def queued(self, engine: str) -> int:
         """Tokens on their way through a prefill engine."""
         return self._queued.get(engine, 0)
@@ -116,10 +121,11 @@ class PairChooser(Router):
         """The engine that a request with a prompt of ``tokens`` goes to first, counted as started; None when there is none.
 
         If it is not `decode_of` the session, it prefills and hands over to that one. An earlier request of the session
-        counts as over.
+        counts as over. Of ``among`` (None: all) at least one should decode.
         """
         self._close(session)
-        decode = super().choose(session, tokens, group, among)
+        decoders = None if among is None else [engine for engine in among if engine in self._seats]
+        decode = super().choose(session, tokens, group, decoders)
         if decode is None:
             return None
         ticket = self._tickets[session] = Ticket(tokens, decode, self._seats[decode])
@@ -128,7 +134,9 @@ class PairChooser(Router):
         if lacks <= self.min_tokens or session in self._alone:
             return decode
         lacking = {
-            engine: tokens - held.get(engine, 0) for engine in self.in_role(EngineRole.PREFILL) if engine != decode
+            engine: tokens - held.get(engine, 0)
+            for engine in self.in_role(EngineRole.PREFILL)
+            if engine != decode and (among is None or engine in among)
         }
         if not lacking:
             return decode

@@ -97,6 +97,13 @@ def test_a_request_that_shall_stay_alone_does() -> None:
     assert chooser.choose("t", 500) == "p0"
 
 
+def test_only_engines_that_hold_a_pinned_version_are_chosen() -> None:
+    chooser = split(2, 2)
+    chosen = [(chooser.choose(f"s{n}", 100, "", ["p1", "d1"]), chooser.decode_of(f"s{n}")) for n in range(3)]
+    assert chosen == [("p1", "d1")] * 3
+    assert chooser.choose("t", 100, "", ["d0"]) == "d0"
+
+
 def test_release_names_all_who_may_hold_the_session() -> None:
     chooser = split()
     one_turn(chooser, "s", 100, 20)
