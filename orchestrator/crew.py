@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 
+from experience.wire import decode
 from orchestrator.engine_roles import EngineRoles
 from orchestrator.evaluations import Evaluations
 from orchestrator.fleet import Fleet, FleetEvents
@@ -37,7 +38,7 @@ from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Actor, Role, Supervisor, first_line
 from orchestrator.workforce import Workforce
 from rollout_workers.disaggregation.roles import Flip
-from rollout_workers.engines.protocol import EngineRole
+from rollout_workers.engines.protocol import EngineHealth, EngineRole
 from weight_sync.membership import MemberState
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,10 @@ class EngineCrew:
         change = parse_change(text)
         self._check_mode(text)
         async with self._scaling:
+            prefilling = await self._prefilling()
             actors = self._actors()
-            serving = [actor.index for actor in actors if self._may_leave(actor)]
+            names = {actor.index: engine_name(actor.index, actor.attempt) for actor in actors}
+            serving = [index for index, name in names.items() if name in self.engines and name not in prefilling]
             others = [actor.index for actor in actors if actor.index not in serving]
             plan = plan_scale(change, serving, others, self._next_index)
             self._check_resources(text, len(plan.add))
@@ -233,10 +236,20 @@ class EngineCrew:
     def _actors(self) -> list[Actor]:
         return [actor for actor in self._supervisor.actors.values() if actor.role.name == ROLE]
 
-    def _may_leave(self, actor: Actor) -> bool:
-        """In a split those that decode come and go."""
-        serves = engine_name(actor.index, actor.attempt) in self.engines
-        return serves and self._config.engines.role_of(actor.index) is not EngineRole.PREFILL
+    async def _prefilling(self) -> set[str]:
+        """Engines that prefill at this moment: in a split those that decode come and go."""
+        if not self._config.engines.split:
+            return set()
+        found = set()
+        for name, handle in list(self.engines.items()):
+            try:
+                async with asyncio.timeout(self._config.fleet.probe_timeout_s):
+                    health = decode(await handle.health.remote(), EngineHealth)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                raise ScaleError(f"{name} does not say whether it prefills: {first_line(error)}; try again") from None
+            if health.role is EngineRole.PREFILL:
+                found.add(name)
+        return found
 
     def _check_mode(self, text: str) -> None:
         config = self._config
