@@ -202,7 +202,7 @@ def _run(command: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its status."""
     parser = argparse.ArgumentParser(
-        prog="python -m rollout_workers.engines.install", description=__doc__.split("\n")[0]
+        prog="python -m rollout_workers.engines.install", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("engines", nargs="+", choices=sorted(RECIPES), help="which environments to make")
     parser.add_argument(

@@ -16,9 +16,11 @@ served, and its tokens say so.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +29,8 @@ from experience.books import clock, process_books
 from experience.wire import decode, encode
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.lane import engine_lane
-from rollout_workers.engines.protocol import EngineHealth, EngineRole, KvPolicy, PauseMode
+from rollout_workers.engines.protocol import EngineHealth, EngineRole, GenerateRequest, KvPolicy, PauseMode
+from rollout_workers.engines.requests import refusal
 from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerCounters
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, join_server, start_server
 from rollout_workers.engines.servers.desk import HandoffDesk, SplitAdapter
@@ -51,10 +54,13 @@ from rollout_workers.submission import SubmitBatch
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 2.0
+PROBE_S = 5.0
+"""How long a probe may take to be answered."""
 HEALTH_S = 0.7
 """How long `health` waits for the server's own figures before it tells the last ones."""
 STAGE_S = 600.0
 HOST = "127.0.0.1"
+ALL_IDS = 2**31
 
 
 class ServerEngineActor:
@@ -109,6 +115,7 @@ class ServerEngineActor:
             version,
             self._config.stream_every,
             settings.request_timeout_s,
+            self._refusing(Path(model_path)),
             self._charge,
             await self._open_desk(),
         )
@@ -155,6 +162,16 @@ class ServerEngineActor:
     async def kv_place(self) -> tuple[str, str]:
         """This engine's role, and where prefill engines leave word of KV for it (empty when it takes none)."""
         return self._role, self._desk.address
+
+    def _refusing(self, model: Path) -> Callable[[GenerateRequest], str | None]:
+        """What no server is asked for. Servers pin no version: a pinned one is answered with what is served."""
+        vocabulary, max_len = vocabulary_of(model), self._config.max_len
+
+        def refuse(request: GenerateRequest) -> str | None:
+            pinned = set() if request.pinned_version is None else {request.pinned_version}
+            return refusal(request, vocabulary, max_len, pinned)
+
+        return refuse
 
     async def _adopt(self, server: Server, version: int) -> None:
         """Have the server name its weights ``version``; one that holds what another run gave it is refused."""
@@ -343,7 +360,7 @@ class ServerEngineActor:
 
     async def _probe(self, traffic: Traffic) -> None:
         try:
-            async with asyncio.timeout(PROBE_EVERY_S):
+            async with asyncio.timeout(PROBE_S):
                 reply = await self._connection.send(self._adapter.ready())
             if reply.status == 200:
                 self._answered_at = time.monotonic()
@@ -365,6 +382,16 @@ class ServerEngineActor:
 def weight_bytes(model: Path) -> int:
     """Bytes of the weights in a model directory."""
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def vocabulary_of(model: Path) -> int:
+    """How many token ids the model in a directory knows; without a word about it in its ``config.json``, all there are."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError):
+        return ALL_IDS
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) else ALL_IDS
 
 
 def rejoins(name: str) -> bool:

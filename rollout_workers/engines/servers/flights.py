@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import msgspec
-import numpy as np
 
 from rollout_workers.continuation import joined, remaining
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, KvPolicy, TokenChunk
+from rollout_workers.engines.requests import empty_chunk
 from rollout_workers.engines.servers.adapter import StreamParser
 from rollout_workers.engines.servers.errors import ServerRefused, ServerUnreachable
 
@@ -87,16 +87,8 @@ class Flight:
 
     def end(self, reason: FinishReason, error: str | None = None) -> TokenChunk:
         """The last chunk of a request that the server does not end itself, with all that has not been reported."""
-        last = TokenChunk(
-            request_id=self.request_id,
-            tokens=np.zeros(0, np.int32),
-            logprobs=np.zeros(0, np.float32),
-            versions=np.zeros(0, np.int32),
-            finish_reason=reason,
-            error=error,
-        )
         held, self._held = self._held, []
-        return joined([*held, last])
+        return joined([*held, empty_chunk(self.request_id, reason, error)])
 
 
 class Verdict(Enum):

@@ -67,6 +67,9 @@ class ServerProcess:
         except TimeoutError:
             process._let_go()
             raise ServerNotStarted(f"{command[0]} was not started within {START_S:.0f} s") from None
+        except BaseException:
+            process._let_go()
+            raise
         if process.pid == 0:
             raise ServerNotStarted(f"{' '.join(command[:3])} ... cannot be run: {process.reason}")
         return process

@@ -13,6 +13,7 @@ from experience.wire import encode
 from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.engines.requests import empty_chunk
 from rollout_workers.engines.servers.adapter import Call, ServerAdapter
 from rollout_workers.engines.servers.desk import HandoffDesk, SplitAdapter, leave_note
 from rollout_workers.engines.servers.errors import (
@@ -43,7 +44,7 @@ TRY_AGAIN = (408, 429)
 class Traffic:
     """``version`` is what the server serves; ``every``: tokens that a request reports at a time, at least.
 
-    ``on_change`` is called when requests come or go. `failed` ends with what the server died of.
+    ``refuse`` says why a request cannot be served, whichever server it is. ``on_change`` is called when requests come or go. `failed` ends with what the server died of.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Traffic:
         version: int,
         every: int,
         request_timeout_s: float,
+        refuse: Callable[[GenerateRequest], str | None],
         on_change: Callable[[], None],
         split: tuple[SplitAdapter, HandoffDesk] | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class Traffic:
         self.version = version
         self._every = every
         self._timeout_s = request_timeout_s
+        self._refuse = refuse
         self._on_change = on_change
         self.flights: dict[str, Flight] = {}
         self.clients = ClientBook()
@@ -119,6 +122,11 @@ class Traffic:
     def _submit(self, client: str, request: GenerateRequest) -> None:
         if request.request_id in self.flights:
             raise ValueError(f"request {request.request_id} is already in flight")
+        reason = self._refuse(request)
+        if reason is not None:
+            self.clients.ended(request.request_id)
+            self._deliver(client, [empty_chunk(request.request_id, FinishReason.ERROR, reason)])
+            return
         flight = Flight(request, client, self._every, time.monotonic())
         self.flights[request.request_id] = flight
         task = asyncio.create_task(self._fly(flight))

@@ -34,13 +34,13 @@ from rollout_workers.engines.protocol import (
     PauseMode,
     TokenChunk,
 )
+from rollout_workers.engines.requests import empty_chunk, refusal
 from rollout_workers.engines.torch_engine import loader
 from rollout_workers.engines.torch_engine.attention import SlotCache
 from rollout_workers.engines.torch_engine.counters import Counters
 from rollout_workers.engines.torch_engine.forward import forward_of
 from rollout_workers.engines.torch_engine.kv_exchange import KvExchange
 from rollout_workers.engines.torch_engine.load import load_of
-from rollout_workers.engines.torch_engine.requests import empty_chunk, refusal
 from rollout_workers.engines.torch_engine.sampler import sample
 from rollout_workers.engines.torch_engine.scheduler import Scheduler, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import SERVED, IntArray, SlotTable

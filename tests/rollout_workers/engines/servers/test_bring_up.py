@@ -49,7 +49,7 @@ async def test_a_server_is_started_and_ended(tmp_path: Path) -> None:
 
 
 async def test_one_that_does_not_start_is_explained_with_its_log(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "print('loading'); raise MemoryError('KV cache does not fit')"]
+    program = [sys.executable, "-c", "print('loading', flush=True); raise MemoryError('KV cache does not fit')"]
     began_at = time.monotonic()
     with pytest.raises(ServerNotStarted) as caught:
         await start_server(TinyAdapter(program), launch_at, tmp_path / "log", TIMES)

@@ -32,7 +32,7 @@ from weight_sync.transports.shared_memory import SharedMemorySender
 
 @pytest.fixture(autouse=True)
 def _tiny_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actor_module, "make_adapter", lambda config: TinyAdapter())
+    monkeypatch.setattr(actor_module, "make_adapter", lambda config, model_path: TinyAdapter())
     monkeypatch.setattr(TinyAdapter, "expected_version", msgspec.__version__)
     monkeypatch.setattr(actor_module, "PROBE_EVERY_S", 0.1)
     program = TinyAdapter().program

@@ -42,7 +42,9 @@ def python(code: str) -> list[str]:
 
 async def test_its_end_is_noticed_at_once_and_explained(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "server.log"
-    process = await ServerProcess.start(python("print('hello'); raise ValueError('no such model')"), {}, log)
+    process = await ServerProcess.start(
+        python("print('hello', flush=True); raise ValueError('no such model')"), {}, log
+    )
     async with asyncio.timeout(10):
         await process.ended.wait()
     assert process.reason == "ended with exit status 1"

@@ -45,7 +45,15 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def requests(server: Server) -> AsyncIterator[Traffic]:
-    made = Traffic(TinyAdapter(), server.connection, 0, every=4, request_timeout_s=SILENCE_S, on_change=lambda: None)
+    made = Traffic(
+        TinyAdapter(),
+        server.connection,
+        0,
+        every=4,
+        request_timeout_s=SILENCE_S,
+        refuse=lambda request: "no" if request.max_tokens < 1 else None,
+        on_change=lambda: None,
+    )
     yield made
     made.close()
 
@@ -132,6 +140,14 @@ async def test_a_refusal_fails_the_request_with_the_server_s_words(server: Serve
     failed = [chunk for chunk in got.values() if chunk.finish_reason is FinishReason.ERROR]
     assert [chunk.error for chunk in failed] == ["the tiny server said 400: as it was told to"]
     assert len(await seen(server, "/generate")) == 2
+
+
+async def test_what_no_server_is_asked_for_fails_here(server: Server, requests: Traffic) -> None:
+    submit(requests, request(max_tokens=0))
+    refused = (await results(requests))["r"]
+    assert (refused.finish_reason, refused.error) == (FinishReason.ERROR, "no")
+    assert requests.clients.load("c").requests == 0
+    assert await seen(server, "/generate") == []
 
 
 async def test_a_request_that_fails_every_time_fails_and_the_others_go_on(server: Server, requests: Traffic) -> None:
