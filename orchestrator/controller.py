@@ -415,7 +415,5 @@ class Controller:
         self.progress.evaluation(result)
         await self._pump()
 
-    # Stalls
-
     async def _watch_stall(self) -> None:
         raise RunFailed(await self._watchdog.run())
