@@ -251,7 +251,9 @@ class RoleController:
         sessions = mean["queued"] + mean["decoding"] + mean["suspended"]
         speed = mean["prefilled"] / computed_s if computed_s > 0 else math.inf
         context_s = turns * wanted / sessions / speed if sessions > 0 else 0.0
-        lost = mean["kv_lost"] / wanted if wanted > 0 else 0.0
+        capacity = _mean(decode, "kv_capacity") or math.inf
+        # what new weights have made useless is computed again in any division; only what did not fit is not
+        lost = max(0.0, min(mean["kv_lost"], wanted - len(decode) * capacity)) / wanted if wanted > 0 else 0.0
         return Circulation(
             prefill_s=max(0.0, computed_s - lost * context_s),
             queued=mean["queued"],
@@ -261,7 +263,7 @@ class RoleController:
             half_concurrency=_mean(decode, "half_concurrency") or 0.0,
             slots=_mean(decode, "slots") or math.inf,
             kv_wanted=wanted,
-            kv_capacity=_mean(decode, "kv_capacity") or math.inf,
+            kv_capacity=capacity,
             context_s=context_s,
         )
 

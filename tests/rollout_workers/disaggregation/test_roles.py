@@ -240,6 +240,16 @@ def test_lost_kv_counts_as_prefill_that_an_engine_more_to_decode_would_save() ->
     assert plant.count(DECODE) >= 4
 
 
+def test_kv_that_new_weights_have_made_useless_stays_prefill_whoever_decodes() -> None:
+    plant, controller = make_plant(2, 4, context=4000.0), RoleController(POLICY)
+    for second in range(20):
+        stale = [replace(load, kv_lost=load.kv_suspended, kv_suspended=0.0) for load in plant.loads(1.0)]
+        controller.observe(stale, float(second))
+    measured = controller.circulation([load for load in plant.loads(1.0) if load.role is DECODE])
+    assert measured is not None
+    assert measured.prefill_s == pytest.approx(plant.flow(2, 4)[0] * plant.prompt / plant.prefill_rate, rel=1e-6)
+
+
 def test_an_engine_takes_its_time_to_flip_and_nothing_else_is_decided_meanwhile() -> None:
     plant, controller = make_plant(7, 1, prompt=400.0), RoleController(POLICY)
     asked, now = [], 0.0
