@@ -20,7 +20,7 @@ def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) ->
     if config.kind == "sglang":
         from rollout_workers.engines.sglang.adapter import SglangAdapter
 
-        return SglangAdapter(config.sglang, config.max_len)
+        return SglangAdapter(config.sglang)
     raise ValueError(f"engines.kind={config.kind} is no server; servers are {', '.join(SERVERS)}")
 
 

@@ -16,12 +16,11 @@ import msgspec
 
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError, ServerCounters, ServerIdentity
-from rollout_workers.engines.servers.errors import ServerRefused
 from rollout_workers.engines.servers.event_stream import shown
 from rollout_workers.engines.servers.prometheus import first, samples
 from rollout_workers.engines.sglang import launch as launching
 from rollout_workers.engines.sglang.config import SglangConfig
-from rollout_workers.engines.sglang.requests import abort_call, generate_call, too_long
+from rollout_workers.engines.sglang.requests import abort_call, generate_call
 from rollout_workers.engines.sglang.responses import SglangStreamParser
 from weight_sync.engine_plugin.sglang_messages import (
     Command,
@@ -45,10 +44,8 @@ class SglangAdapter:
     expected_version = "0.5.23"
     distributions = ("sglang",)
 
-    def __init__(self, config: SglangConfig, max_len: int | None = None) -> None:
-        """``max_len``: tokens that a request and its answer may have together; None leaves it to the server."""
+    def __init__(self, config: SglangConfig) -> None:
         self.config = config
-        self._max_len = max_len
 
     def command(self, launch: Launch) -> list[str]:
         return launching.command(self.config, launch)
@@ -65,10 +62,6 @@ class SglangAdapter:
         return [*self.pause(PauseMode.KEEP_KV), *attach, *self.resume()]
 
     def generate(self, request: GenerateRequest, served: int) -> Call:
-        """Raises ServerRefused for a request that the server would serve differently from what was asked."""
-        reason = too_long(request, self._max_len)
-        if reason is not None:
-            raise ServerRefused(reason)
         return generate_call(request, served)
 
     def parser(self, request: GenerateRequest, served: int) -> SglangStreamParser:

@@ -86,14 +86,3 @@ def seed_of(seed: int) -> int:
 
 def abort_call(request_id: str) -> Call:
     return Call("POST", "/abort_request", {"rid": request_name(request_id), "abort_all": False})
-
-
-def too_long(request: GenerateRequest, max_len: int | None) -> str | None:
-    """Why a request does not fit, or None. SGLang would shorten its answer without a word."""
-    size = len(request.prompt)
-    if max_len is None or size + request.max_tokens <= max_len:
-        return None
-    return (
-        f"prompt of {size} + max_tokens={request.max_tokens} exceed engines.max_len={max_len}; shorten one or raise "
-        "engines.max_len"
-    )

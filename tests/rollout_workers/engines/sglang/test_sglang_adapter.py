@@ -8,10 +8,8 @@ from sglang_streams import request
 
 from rollout_workers.engines.protocol import KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, ServerAdapter, ServerAnswerError
-from rollout_workers.engines.servers.errors import ServerRefused
 from rollout_workers.engines.sglang.adapter import SglangAdapter
 from rollout_workers.engines.sglang.config import SglangConfig
-from rollout_workers.engines.sglang.requests import generate_call
 from weight_sync.engine_plugin.sglang_messages import PluginState, decode_command, encode_state
 
 ADAPTER = SglangAdapter(SglangConfig())
@@ -141,13 +139,6 @@ def test_what_a_server_says_it_is() -> None:
     identity = ADAPTER.parse_identity(json.dumps(info).encode())
     assert (identity.version, identity.model, identity.max_len) == ("0.5.23", "/m", 256)
     assert ADAPTER.parse_identity(b"{}").version is None
-
-
-def test_a_request_that_would_be_cut_short_is_refused() -> None:
-    adapter = SglangAdapter(SglangConfig(), max_len=20)
-    assert adapter.generate(request(max_tokens=17), 0) == generate_call(request(max_tokens=17), 0)
-    with pytest.raises(ServerRefused, match=r"prompt of 3 .* max_tokens=18 .* max_len=20"):
-        adapter.generate(request(max_tokens=18), 0)
 
 
 def test_a_commit_under_way_changes_nothing_in_a_parser() -> None:
