@@ -275,6 +275,8 @@ class EngineClient:
 
     def _route(self, pending: Pending) -> None:
         """Send a request, or what is left of it, to the engine of its session."""
+        if pending.future.done():  # cancelled, and its session released: it must not open it again
+            return
         left = remaining(pending.request, pending.chunks)
         if left.max_tokens <= 0:
             pending.future.set_result(
@@ -302,6 +304,7 @@ class EngineClient:
         name = self._router.choose(session, len(request.prompt), request.prefix_group, among)
         if home is not None and home != name and home in self._engines:
             self._engines[home].releases.append(session)
+            self._send_releases(home)
         return name, request
 
     async def _route_later(self, pending: Pending) -> None:

@@ -94,18 +94,20 @@ def test_a_group_lands_together_as_far_as_the_balance_allows() -> None:
     for index in range(80):
         router.choose(f"old{index}")
     homes = Counter(chosen(router, f"new{member}", group="g") for member in range(8))
-    assert max(homes.values()) == 3  # 23 of 83 sessions: no more than 1.1 times the mean of 20.75, rounded up
+    assert homes == {"e0": 4, "e1": 3, "e2": 1}
+    assert max(router.load(name) for name in router.members) <= 1.1 * 88 / 4
     apart = router_of(4, prefix_aware=False)
     assert Counter(chosen(apart, f"new{member}", group="g") for member in range(8)) == dict.fromkeys(apart.members, 2)
 
 
 def test_a_group_that_has_ended_attracts_nobody() -> None:
     router = router_of(2, max_imbalance=2.0)
-    assert chosen(router, "a", group="g") == "e0"
-    assert chosen(router, "b", group="g") == "e1"  # one session may not go before an empty engine
-    router.release("a")
-    router.release("b")
-    assert [chosen(router, name, group="g") for name in "cd"] == ["e0", "e1"]
+    for name in "ab":
+        assert chosen(router, name, group="g") == "e0"
+    for name in "ab":
+        router.finished("e0")
+        router.release(name)
+    assert chosen(router, "c", group="g") == "e1"
 
 
 def test_the_load_of_others_counts() -> None:
@@ -161,9 +163,9 @@ class Routing(RuleBasedStateMachine):
         before = self.homes.get(session)
         engine = chosen(self.router, session, tokens, f"g{group}")
         if before is None:
-            assert loads[engine] + 1 <= max(1.2 * (mean + 1 / len(loads)), least + 1)
+            assert loads[engine] + 1 <= max(1.2 * (mean + 1 / len(loads)), least + 1) + 1e-9
         elif engine == before:
-            assert loads[engine] <= max(1.5 * mean + 3, least + 1)
+            assert loads[engine] <= max(1.5 * mean + 3, least + 1) + 1e-9
         else:
             assert loads[before] > 1.5 * mean + 3
             assert loads[engine] == least < loads[before]
