@@ -279,9 +279,8 @@ class EngineClient:
             return
         left = remaining(pending.request, pending.chunks)
         if left.max_tokens <= 0:
-            pending.future.set_result(
-                msgspec.structs.replace(joined(pending.chunks), finish_reason=FinishReason.LENGTH)
-            )
+            whole = joined(pending.chunks)
+            pending.future.set_result(msgspec.structs.replace(whole, finish_reason=FinishReason.LENGTH))
             return
         name, left = self._place(left)
         if name is None:
