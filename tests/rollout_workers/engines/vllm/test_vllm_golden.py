@@ -18,6 +18,7 @@ from rollout_workers.engines.vllm.config import VllmConfig
 GOLDEN = Path(__file__).parents[1] / "golden" / "vllm"
 ADAPTER = VllmAdapter(VllmConfig())
 REFUSED = {"too-long": "maximum", "budget-too-long": "max_tokens", "no-token": "vocabulary"}
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"nothing is recorded in {GOLDEN}: run record_golden.py")
 GENERATIONS = sorted(path.stem for path in GOLDEN.glob("*.json") if not path.stem.startswith("control-"))
 ANSWERED = [name for name in GENERATIONS if name not in REFUSED]
 
@@ -52,6 +53,7 @@ def call_of(name: str) -> Call:
 
 def test_all_were_recorded() -> None:
     assert len(ANSWERED) >= 10
+    assert set(REFUSED) <= set(GENERATIONS)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
