@@ -128,7 +128,7 @@ async def _measure(load: UpdateLoad, model_path: Path) -> dict[str, Any]:
                 fleet.starting(name)
                 await handle.load.remote(str(model_path), "float32", 1, 0)
                 await fleet.join(name, handle, 0)
-                client.add_engine(name, RayEngineHandle(handle))
+                client.add_engine(name, RayEngineHandle(handle, name))
         seconds = await _publish_under_load(load, fleet, client, received, int(model.config.vocab_size))
         measured = [await handle.measured.remote() for handle in handles.values()]
         versions = [fleet.held(name) for name in handles]

@@ -85,9 +85,9 @@ class EngineActor:
             for accelerator in self._engine.accelerators:
                 process_books().adopt(accelerator, accelerator.began_at)
         else:
-            self._account = process_books().account(self._lane())
+            self._account = process_books().account(self._timeline_lane())
 
-    def _lane(self) -> str:
+    def _timeline_lane(self) -> str:
         """Its name in the timeline; a role that may change is no part of it."""
         actor = process_books().actor
         fixed = self._role is not EngineRole.MIXED and self._config.roles == "fixed"
@@ -114,7 +114,7 @@ class EngineActor:
         if self._config.kind == "synthetic":
             from rollout_workers.engines.synthetic.driver import build_driver
 
-            return build_driver(self._config, path, version, lane=self._lane())
+            return build_driver(self._config, path, version, lane=self._timeline_lane())
         from rollout_workers.engines.torch_engine import build_engine
 
         return build_engine(self._config, path, dtype, threads, version)
