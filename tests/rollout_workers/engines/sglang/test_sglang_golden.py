@@ -17,6 +17,7 @@ from rollout_workers.engines.sglang.config import SglangConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sglang"
 ADAPTER = SglangAdapter(SglangConfig())
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"nothing is recorded in {GOLDEN}: run record_golden.py")
 GENERATIONS = sorted(path.stem for path in GOLDEN.glob("*.json") if not path.stem.startswith("control-"))
 
 
