@@ -18,7 +18,7 @@ from rollout_workers.engines.protocol import EngineLoad
 
 @dataclass(frozen=True)
 class ConcurrencyPolicy:
-    """The constants of a `ConcurrencyController`. The defaults are what `millrace bench routing --adaptive` found best."""
+    """The constants of a `ConcurrencyController`; `millrace bench routing --adaptive` shows what they lead to."""
 
     tolerated: float = 0.02
     """Share of requests that may cost another session its KV without being too much."""

@@ -1,7 +1,7 @@
 """Which engine takes a request: where its session's KV is, else where its group's prompt is, else where there is least to do.
 
 What counts as load is the *sessions* of an engine, those that wait for a tool included: they come back to the KV they
-left. Requests in flight fluctuate within seconds, so they only break ties. (`millrace bench routing` measures the choices.)
+left. Requests in flight fluctuate within seconds, so they only break ties. (`millrace bench routing` compares the choices.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Load(StrEnum):
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """The rules of a `Router`. The defaults are what `millrace bench routing` found best."""
+    """The rules of a `Router`; `millrace bench routing` compares policies."""
 
     sticky: bool = True
     """A session stays where its KV is. Otherwise every request goes to the least loaded engine."""
