@@ -212,9 +212,12 @@ class Bench:
         return float(await answer)
 
     async def close(self) -> None:
+        import torch
+
         for actor in self._actors.values():
             await actor.stop()
         await self._ask("close", None)
+        torch.distributed.destroy_process_group()
 
 
 async def measure(pipe: Connection, directory: str, shape: Shape, store: str, repeats: int) -> dict[str, list[float]]:

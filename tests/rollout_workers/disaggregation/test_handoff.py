@@ -103,6 +103,9 @@ class TwoSides(RuleBasedStateMachine):
     @precondition(lambda self: self.wire)
     @rule()
     def arrive(self) -> None:
+        self._arrive()
+
+    def _arrive(self) -> None:
         kind, start, end = self.wire.pop(0)
         if not self.receiver.streaming:
             return
@@ -125,7 +128,7 @@ class TwoSides(RuleBasedStateMachine):
         self.connected = False
         self.wire = self.wire[:arrived]
         while self.wire:
-            self.arrive()
+            self._arrive()
         self.back.clear()
         self.sender.cancel(Reason.LOST)
         self.receiver.cancel(Reason.LOST)
