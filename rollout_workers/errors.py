@@ -64,3 +64,9 @@ class EpisodeFailed(Exception):
         super().__init__(f"{reason}: {cause}")
         self.reason = reason
         self.cause = cause
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, or of the one that Ray brought from another process."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
