@@ -65,8 +65,8 @@ class EpisodeFailed(Exception):
         self.reason = reason
         self.cause = cause
 
-
-def first_line(error: Exception) -> str:
-    """Type and first line of an error, or of the one that Ray brought from another process."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    @classmethod
+    def undelivered(cls, error: Exception) -> EpisodeFailed:
+        """The queue or the controller did not take it; ``error`` may be one that Ray brought from another process."""
+        cause = getattr(error, "cause", None) or error
+        return cls("delivery_fault", f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")

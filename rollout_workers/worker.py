@@ -43,15 +43,7 @@ from rollout_workers.engine_client import EngineHandle
 from rollout_workers.engines.protocol import EngineLoad
 from rollout_workers.episode import Episode
 from rollout_workers.episode_context import EpisodeContext
-from rollout_workers.errors import (
-    ContextFull,
-    EpisodeError,
-    EpisodeFailed,
-    LoopFault,
-    LoopTimeout,
-    first_line,
-    user_error,
-)
+from rollout_workers.errors import ContextFull, EpisodeError, EpisodeFailed, LoopFault, LoopTimeout, user_error
 from rollout_workers.loops import RolloutLoop, load_loop
 from rollout_workers.ports import WorkerPorts, with_loop_parts
 from rollout_workers.slot_generator import SlotGenerator
@@ -204,7 +196,7 @@ class RolloutWorker:
     async def _undelivered(self, assignment: Assignment, episode_id: str, error: Exception) -> None:
         """The queue or the controller refused an episode: say so, that nobody waits for it."""
         try:
-            await self._give_up(assignment, episode_id, EpisodeFailed("delivery_fault", first_line(error)), 1)
+            await self._give_up(assignment, episode_id, EpisodeFailed.undelivered(error), 1)
         except Exception:
             logger.exception("nobody could be told that episode %s is lost", episode_id)
 
