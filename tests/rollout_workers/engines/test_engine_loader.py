@@ -92,7 +92,7 @@ def test_a_gpu_that_is_not_there_is_named(model_directory: Path) -> None:
     ("settings", "says"),
     [
         ({"kind": "vlm"}, "must be one of torch, vllm"),
-        ({"kind": "vllm", "prefill": 1, "decode": 1}, "of the kinds torch and synthetic"),
+        ({"kind": "sglang", "prefill": 1, "decode": 1}, "set both to 0 for sglang"),
         ({"kind": "vllm", "vllm": VllmConfig(urls=["http://a:1"]), "replicas": 2}, "names 1 servers for 2 engines"),
         ({"kind": "sglang", "sglang": SglangConfig(urls=["http://a:1"] * 2), "replicas": 2}, "names a server twice"),
         ({"kind": "sglang", "sglang": SglangConfig(args={"model_path": "x"})}, "set model.path"),
