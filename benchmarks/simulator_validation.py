@@ -38,6 +38,7 @@ from orchestrator.simulator.simulation import SimulationOptions
 
 WITHIN = 0.10
 """The agreement asked for, in step time and mean lag."""
+TABLE_WIDTH = 100
 LEAST_LAG = 0.05
 """Lags (versions) that differ by less agree, whatever their ratio."""
 
@@ -88,7 +89,7 @@ def compare(cluster: Cluster, mode: str, seed: int, directory: Path, timeout_s: 
 
 
 def compare_run(cluster: Cluster, mode: str, run: Path, wall_s: float | None = None) -> Pair:
-    """Simulate the configuration of a finished run and compare the same steps of both.
+    """Simulate the configuration of a finished run and compare all steps of both but those of the warm-up.
 
     Raises BenchError when there is no such run or it is too short.
     """
@@ -96,10 +97,10 @@ def compare_run(cluster: Cluster, mode: str, run: Path, wall_s: float | None = N
     if not files.summary.is_file():
         raise BenchError(f"{run} holds no finished run of {cluster.suite}, {mode}; run it, or leave --runs out")
     config = load([str(files.config)])
-    skip, leave = unmeasured(cluster, mode)
-    outcome = simulate_as(config, skip, leave)
+    skip, _ = unmeasured(cluster, mode)
+    outcome = simulate_as(config, skip)
     evidence = read_evidence(run)
-    window = window_of(evidence, UnitCosts.from_config(config), skip, leave)
+    window = window_of(evidence, UnitCosts.from_config(config), skip, leave=0)
     lags: Counter[int] = Counter()
     for step in window.steps:
         lags.update(step.lags())
@@ -118,9 +119,9 @@ def compare_run(cluster: Cluster, mode: str, run: Path, wall_s: float | None = N
     )
 
 
-def simulate_as(config: Config, skip: int, leave: int) -> Outcome:
-    """The simulation of a run as it is: dispatching ends with what is trained, ``leave`` last steps are not compared."""
-    return simulate_mode(config, SimulationOptions(open_ended=False), skip, leave)
+def simulate_as(config: Config, skip: int) -> Outcome:
+    """The simulation of a run as it is: dispatching ends with what is trained, so its last steps are alike too."""
+    return simulate_mode(config, SimulationOptions(open_ended=False), skip, 0)
 
 
 def render_pairs(pairs: list[Pair]) -> Table:
@@ -210,6 +211,7 @@ def simulator(
     from dataclasses import replace
 
     console, pairs = Console(), []
+    console.width = max(console.width, TABLE_WIDTH)
     try:
         for suite in suites or ("reason", "swe", "mixed"):
             cluster = find_cluster(suite)

@@ -31,6 +31,7 @@ from experience.books import clock, open_books
 from experience.entries import EventKind, InFlight, QueueEvent
 from experience.records import GroupHeader
 from experience.staleness import make_policy
+from experience.transport.lane import LaneLostError, LaneServer, OverLane
 from experience.wire import decode, encode
 from orchestrator.accounting.accountant import accountant_of
 from orchestrator.commands import Commands
@@ -118,6 +119,7 @@ class Controller:
             situation=lambda: (self.progress.phase, self._evaluations.running),
         )
         self._watchdog = Watchdog(config.run, parts, self.progress.event)
+        self._lane = LaneServer("controller", {"episodes_ended": self.episodes_ended})
 
     # The course of a run
 
@@ -148,6 +150,7 @@ class Controller:
             for task in self._tasks:
                 task.cancel()
             await self._supervisor.stop()
+            self._lane.close()
             self.progress.close()
 
     async def snapshot(self) -> dict[str, Any]:
@@ -335,9 +338,13 @@ class Controller:
         await self._workforce.send(by_worker)
 
     async def _queue_events(self) -> None:
-        queue = self._one("queue")
+        queue = OverLane(self._one("queue"), "queue (events)", ("next_events",), endpoint="lane")
         while True:
-            events = decode(await queue.events.remote(EVENTS_S), list[QueueEvent])
+            try:
+                events = decode(await queue.next_events.remote(str(EVENTS_S)), list[QueueEvent])
+            except LaneLostError as error:
+                await self._one("queue").stats.remote()  # raises when the queue is dead: that is the cause then
+                raise RunFailed(f"{error}, and events may be lost; `millrace resume` goes on") from error
             cancelled: list[str] = []
             for event in events:
                 if event.kind is EventKind.RETURNED:
@@ -354,6 +361,10 @@ class Controller:
                 await self._pump()
 
     # Calls from the workers
+
+    async def endpoint(self) -> bytes:
+        """Where `episodes_ended` can be called over a socket (see `experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def episodes_ended(self, reports: bytes) -> None:
         """Reports of finished and failed episodes."""

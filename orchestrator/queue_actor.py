@@ -34,6 +34,7 @@ from experience.queue import ExperienceQueue
 from experience.records import GroupHeader
 from experience.staleness import make_policy
 from experience.transport.frames import Endpoint, LeaseRequest
+from experience.transport.lane import LaneServer
 from experience.transport.listening import own_address
 from experience.transport.server import QueueServer
 from experience.wire import decode, encode
@@ -71,6 +72,7 @@ class QueueActor:
         self._deadline: asyncio.TimerHandle | None = None
         self._server = QueueServer(self)
         self._endpoint: Endpoint | None = None
+        self._lane = LaneServer("queue (events)", {"next_events": lambda body: self.next_events(body.decode())})
         self._unanswered: list[Callable[[Exception | None], None]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._writing: asyncio.Task[None] | None = None
@@ -105,6 +107,10 @@ class QueueActor:
     async def endpoint(self) -> bytes:
         """Where the queue listens (encoded list of one `Endpoint`, or of none)."""
         return encode([] if self._endpoint is None else [self._endpoint])
+
+    async def lane(self) -> bytes:
+        """Where `next_events` can be called over a socket (see `experience.transport.lane`)."""
+        return await self._lane.endpoint()
 
     async def in_flight(self) -> bytes:
         """Groups still being generated and their missing episodes (encoded list of `InFlight`)."""
@@ -218,6 +224,10 @@ class QueueActor:
         events, self._outbox = self._outbox, []
         return encode(events)
 
+    async def next_events(self, timeout_s: str) -> bytes:
+        """`events`, with the seconds as text: what the socket that `lane` tells offers."""
+        return await self.events(float(timeout_s))
+
     async def ledger(self) -> dict[str, Any]:
         """Groups, tokens, length distance; raises LedgerError if they do not balance."""
         self.queue.ledger.check()
@@ -247,6 +257,7 @@ class QueueActor:
 
     async def stop(self) -> None:
         self._server.close()
+        self._lane.close()
         if self._queue is not None:
             self._queue.flush()
         self._ended.set()

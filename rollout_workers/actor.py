@@ -99,7 +99,8 @@ class RolloutWorkerActor:
         from env_pool.rewards.client import RewardClient
 
         settings = self._settings
-        deliverer = QueueDeliverer(queue, controller, await producer_for(queue))
+        reports = OverLane(controller, "controller", ("episodes_ended",))
+        deliverer = QueueDeliverer(queue, reports, await producer_for(queue))
         self._pool = EnvironmentPool(
             [_over_lane(handle, "environment actor") for handle in environments],
             settings.environments,

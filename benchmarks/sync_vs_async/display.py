@@ -125,7 +125,7 @@ def suites_figure(results: Sequence[SuiteResult]) -> Any:
     for axes in (left, right):
         axes.set_xticks(range(len(results)), names)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(modes))
     figure.tight_layout()
     return figure
 

@@ -139,8 +139,10 @@ class OverLane:
     ways a call took must not depend on when it was made.
     """
 
-    def __init__(self, handle: Any, what: str, names: Sequence[str]) -> None:
+    def __init__(self, handle: Any, what: str, names: Sequence[str], endpoint: str = "endpoint") -> None:
+        """``endpoint``: the actor's method that tells where its socket is."""
         self._handle = handle
+        self._endpoint = endpoint
         self._what = what
         self._over = frozenset(names)
         self._opening = asyncio.Lock()
@@ -176,7 +178,7 @@ class OverLane:
         async with self._opening:
             if self._opened:
                 return
-            offer = await self._handle.endpoint.remote()
+            offer = await getattr(self._handle, self._endpoint).remote()
             if offer:
                 endpoint, names = decode(offer, tuple[Endpoint, tuple[str, ...]])
                 self._numbers = {name: number for number, name in enumerate(names)}
