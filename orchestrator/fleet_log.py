@@ -78,7 +78,7 @@ class FleetLog:
     def summary(self) -> dict[str, Any]:
         """For ``summary.json``: the events (the first of them, if there are many), their counts, and how long versions took."""
         seconds = self._publications
-        took = {"count": seconds.count}
+        took: dict[str, float] = {"count": seconds.count}
         if seconds.count:
             took |= {name: round(seconds.quantile(share), 4) for name, share in (("p50_s", 0.5), ("p99_s", 0.99))}
         return {"events": [asdict(event) for event in self._first], "counts": dict(self._counts), "publications": took}

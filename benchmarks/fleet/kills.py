@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ def measure_kills(plan: KillPlan, directory: Path, say: Callable[[str], None]) -
         for number in range(plan.kills):
             say(f"{plan.kind}: kill {number + 1} of {plan.kills}")
             rows.append(_one_kill(plan, run, watch))
-            trained = _last_step(run.metrics)
-            watch.until("two more steps", lambda trained=trained: _last_step(run.metrics) >= trained + 2)
+            watch.until("two more steps", partial(_has_trained, run.metrics, _last_step(run.metrics) + 2))
     summary = run.read_json(run.summary)
     return report(plan, rows, summary, read_turns(turns))
 
@@ -178,6 +178,10 @@ def _command(process: psutil.Process) -> str:
         return " ".join([process.name(), *process.cmdline()])
     except psutil.Error:
         return ""
+
+
+def _has_trained(metrics: Path, version: int) -> bool:
+    return _last_step(metrics) >= version
 
 
 def _last_step(metrics: Path, before: float = float("inf")) -> int:

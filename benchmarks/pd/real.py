@@ -200,10 +200,9 @@ async def _fleets(load: RealLoad, layouts: Sequence[Layout], engines: int, model
 async def _start(load: RealLoad, layout: Layout, engines: int, model: Path) -> _Fleet:
     import ray
 
-    split = {"prefill": layout.prefill, "decode": layout.decode, "replicas": 1}
     config = EnginesConfig(
         slots=load.sessions, max_len=MAX_LEN, prefill_tokens=256, stream_every=1, threads=1, device="cpu",
-        **(split if layout.prefill else {"replicas": engines}),
+        prefill=layout.prefill, decode=layout.decode, replicas=1 if layout.prefill else engines,
     )  # fmt: skip
     actor = ray.remote(EngineActor).options(num_cpus=0, max_concurrency=1000)
     client: Any = _SplitClient("bench", config.handoff.min_tokens) if layout.prefill else _MixedClient("bench")

@@ -32,7 +32,8 @@ def best_split(rows: Sequence[PdRow]) -> PdRow | None:
 
 def verdict_of(mixed: PdRow, split: PdRow) -> Verdict:
     """Compare a split with the mixed layout of the same case."""
-    helps, hurts = [], []
+    helps: list[str] = []
+    hurts: list[str] = []
     for name, before, after, text in _measures(mixed, split):
         change = after / before - 1 if before else 0.0
         if abs(change) >= NOTABLE:

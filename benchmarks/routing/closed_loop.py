@@ -11,6 +11,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -162,7 +163,7 @@ class ClosedLoop:
             script = suite_script(self.case.suite, self.case.seed, task, member)
             episode = _Episode(index, f"g{task}-{member}", f"g{task}", script, script.prompt_tokens)
             worker.running += 1
-            self._after(script.reset_s, lambda episode=episode: self._ask(episode))
+            self._after(script.reset_s, partial(self._ask, episode))
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self.now + seconds, next(self._order), then))

@@ -42,7 +42,7 @@ class SglangAdapter:
 
     name = "sglang"
     expected_version = "0.5.23"
-    distributions = ("sglang",)
+    distributions: tuple[str, ...] = ("sglang",)
 
     def __init__(self, config: SglangConfig) -> None:
         self.config = config

@@ -47,7 +47,7 @@ class Histogram:
         for place, weight in enumerate(self._bins):
             reached += weight
             if weight > 0 and reached >= wanted * (1 - 1e-12):
-                return LEAST_S * GROWTH ** (place + 0.5)
+                return float(LEAST_S * GROWTH ** (place + 0.5))
         return 0.0
 
     def since(self, earlier: Histogram) -> Histogram:

