@@ -27,7 +27,7 @@ class TinyParser:
 
     def finish(self) -> list[TokenChunk]:
         if self._rest:
-            raise ServerAnswerError(f"left over: {self._rest!r}")
+            raise ServerAnswerError(f"no event: {self._rest[:40]!r}")
         return []
 
     def switched(self, version: int, tokens: int | None) -> list[TokenChunk]:

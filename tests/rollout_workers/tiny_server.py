@@ -54,7 +54,7 @@ async def answer(
         (int(line.split(":")[1]) for line in head.lower().split("\r\n") if line.startswith("content-length")), 0
     )
     body = json.loads(await reader.readexactly(size)) if size else {}
-    state.seen.append({"path": path, **body})
+    state.seen.append({**body, "path": path})
     misdeed = next((each for each in state.misdeeds if each["path"] == path), None)
     if misdeed is not None:
         misdeed["times"] -= 1

@@ -45,7 +45,7 @@ def settings(**vllm: object) -> EnginesConfig:
     import sys
 
     own = VllmConfig(**({"python": sys.executable, "request_timeout_s": 2.0} | vllm))  # type: ignore[arg-type]
-    return EnginesConfig(kind="vllm", vllm=own, max_len=64, stream_every=4)
+    return EnginesConfig(kind="vllm", vllm=own, max_len=4096, stream_every=4)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ async def test_a_killed_server_is_noticed_and_its_requests_continue_elsewhere(
 async def test_a_server_that_hangs_is_noticed(engine: ServerEngineActor) -> None:
     pid = await engine.server_pid()
     assert pid is not None
-    await submit(engine, request(max_tokens=100000))
+    await submit(engine, request(max_tokens=4000))
     os.kill(pid, signal.SIGSTOP)
     async with asyncio.timeout(15):
         with pytest.raises(ServerDied, match=r"has answered nothing for|fails again and again"):

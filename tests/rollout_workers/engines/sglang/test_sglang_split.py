@@ -62,7 +62,7 @@ async def pair(tmp_path: Path, model_directory: Path) -> AsyncIterator[tuple[Ser
     try:
         for role in ("prefill", "decode"):
             log = tmp_path / f"{role}.log"
-            started = await start_server(ADAPTER, lambda port, role=role: launch(role, port), {}, log, TIMES)  # type: ignore[misc]
+            started = await start_server(ADAPTER, lambda port, role=role: launch(role, port), log, TIMES)  # type: ignore[misc]
             servers.append(started)
         yield servers[0], servers[1], PrefillAddress("127.0.0.1", bootstrap)
     finally:

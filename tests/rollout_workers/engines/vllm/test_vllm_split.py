@@ -70,7 +70,6 @@ async def pair(tmp_path: Path, split_model: Path) -> AsyncIterator[tuple[Server,
             started = await start_server(
                 ADAPTER,
                 lambda port, role=role, kv_port=kv_port: launch(role, port, kv_port),  # type: ignore[misc]
-                {},
                 log,
                 TIMES,
             )
