@@ -115,10 +115,13 @@ _SGLANG = Recipe(
     edits=(
         Edit(
             "torchvision/__init__.py",
-            (("from .extension import _HAS_OPS", "from . import _nms_shim\nfrom .extension import _HAS_OPS"),),
+            (("from . import extension  #", "from . import _nms_shim\nfrom . import extension  #"),),
         ),
         # Its NIXL transfer takes all KV to be in a GPU's memory.
-        Edit("sglang/srt/disaggregation/nixl/conn.py", (('"VRAM"', '"DRAM"'),)),
+        Edit(
+            "sglang/srt/disaggregation/nixl/conn.py",
+            (('in ("VRAM", "DRAM"):', 'in ("DRAM",):'), ('"VRAM"', '"DRAM"')),
+        ),
         Edit("sglang/srt/disaggregation/decode.py", (('"VRAM"', '"DRAM"'),)),
     ),
     try_out="import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'; import sglang.srt.server_args",
