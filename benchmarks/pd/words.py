@@ -136,8 +136,8 @@ def _reasons(mixed: PdRow, split: PdRow, helps: Sequence[str], hurts: Sequence[s
         )
     if any(one.startswith("first token") for one in hurts):
         reasons.append(
-            f"prompts queue at {prefill} engines that are busy {split.split.prefill_busy:.0%} of the time, where {engines} "
-            "took them before"
+            f"prompts queue at {prefill} prefill engines that are busy {split.split.prefill_busy:.0%} of the time, where "
+            f"{engines} took them before"
         )
     if any(one.startswith("first token") for one in helps):
         reasons.append(

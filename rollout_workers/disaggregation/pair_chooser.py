@@ -109,6 +109,9 @@ class PairChooser(Router):
         self._prefills.pop(engine, None)
         for held in self._held.values():
             held.pop(engine, None)
+        for ticket in self._tickets.values():
+            if ticket.prefill == engine:  # an engine that joins again under the name does not owe these
+                ticket.prefill, ticket.queued = None, 0
         self._seat()
 
     def set_role(self, engine: str, role: EngineRole) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -191,6 +193,7 @@ class PrefillSide:
             self._forget(out)
             return
         self._engine.abort(out.request.request_id)  # the next step's chunks have what it has so far
+        self._pump_followers(out)
         self._wake()
 
     def _of_session(self, session: str) -> list[_Outgoing]:
@@ -202,6 +205,7 @@ class PrefillSide:
         if self._outgoing.get(out.request.request_id) is out:
             del self._outgoing[out.request.request_id]
         self._engine.kv.settle(out.request.session_id)
+        self._pump_followers(out)
 
     # ----------------------------------------------------------------------------------------------------------- the KV
 
@@ -234,16 +238,39 @@ class PrefillSide:
         if computed < handoff.total and (changed or finished):
             self._fail(out, Reason.COMMIT if changed else Reason.DROPPED)
             return
-        if not out.announced and (finished or computed > out.before):
+        if not out.announced and (finished or computed > out.before) and not self._follows(out):
             self._announce(out)
         if not handoff.streaming:
             return
+        before = handoff.position
         while handoff.position < computed and self._send_piece(out, computed):
             out.blocked_since = None
+        if handoff.position > before:
+            self._pump_followers(out)
         if handoff.position < computed:
             self._wait(out)
         elif handoff.position == handoff.total and finished:
             self._finish(out)
+
+    def _follows(self, out: _Outgoing) -> bool:
+        """Whether a sibling is sending the beginning of the same prompt to the same engine, where it can be shared."""
+        request = out.request
+        return bool(request.prefix_group) and any(
+            other.announced
+            and other.handoff.open
+            and other.line is out.line
+            and other.request.prefix_group == request.prefix_group
+            and other.request.pinned_version == request.pinned_version
+            and other.handoff.position < _common_prefix(other.request.prompt, request.prompt)
+            for other in self._outgoing.values()
+        )
+
+    def _pump_followers(self, leader: _Outgoing) -> None:
+        """A sibling has sent some of its prompt, or sends no more."""
+        if group := leader.request.prefix_group:
+            for out in list(self._outgoing.values()):
+                if not out.announced and out.request.prefix_group == group:
+                    self._pump(out)
 
     def _send_piece(self, out: _Outgoing, computed: int) -> bool:
         """Copy some tokens' KV into the ring and tell. False: there is no room yet."""
@@ -354,6 +381,12 @@ class PrefillSide:
             self._config.timeout_s,
         )
         self._fail(out, Reason.LATE)
+
+
+def _common_prefix(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(one[:most] != other[:most])
+    return int(differs[0]) if len(differs) else most
 
 
 def _handed_over(chunk: TokenChunk, reason: Reason | None) -> TokenChunk:

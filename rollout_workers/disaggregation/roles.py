@@ -4,8 +4,8 @@ What goes round in engines and tools is measured, and `Circulation` says what an
 yield. The KV of sessions that wait for tools is part of that: a flip to prefill takes the room of KV away, and what then does
 not fit any more is computed again.
 
-An engine flips when that promises at least ``gain`` more turns, when it has kept its role for a while, when the last flip
-has shown its effect, and never when it is the last of its role.
+An engine flips when the best division promises at least ``gain`` more turns and the flip is a step there that gains, when the
+engine has kept its role for a while, when the last flip has shown its effect, and never when it is the last of its role.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RolePolicy:
     """When roles flip (``engines.role_policy``). Seconds are those of the engines' clock."""
 
     gain: float = 0.05
-    """Least share of further turns a second that a flip must promise: what keeps roles from flipping to and fro."""
+    """Least share of further turns a second that the best division must promise: keeps roles from flipping to and fro."""
     window_s: float = 30.0
     """Over which loads are averaged; nothing is decided sooner after a flip."""
     min_residence_s: float = 60.0
@@ -277,15 +277,17 @@ class RoleController:
         present = measured.turns(m, n)
         if present <= 0:
             return Decision()
-        gains = {EngineRole.PREFILL: -1.0, EngineRole.DECODE: -1.0}
-        if n > 1:
-            gains[EngineRole.PREFILL] = measured.turns(m + 1, n - 1) / present - 1.0
-        if m > 1:
-            gains[EngineRole.DECODE] = measured.turns(m - 1, n + 1) / present - 1.0
-        to = max(gains, key=lambda role: gains[role])
-        if gains[to] < self.policy.gain:
+        turns = {prefills: measured.turns(prefills, m + n - prefills) for prefills in range(1, m + n)}
+        best = max(turns, key=lambda prefills: (turns[prefills], -abs(prefills - m)))
+        to = EngineRole.PREFILL if best > m else EngineRole.DECODE
+        towards = m + 1 if best > m else m - 1
+        gain = turns[best] / present - 1.0
+        if gain < self.policy.gain or turns[towards] <= present:
             return Decision(refused=self._refusal(measured, m, n, present))
-        return self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, self._reason(to, gains[to], m, n))
+        reason = self._reason(to, turns[towards] / present - 1.0, m, n)
+        if abs(best - m) > 1:
+            reason += f" ({best} to prefill and {m + n - best} to decode: {gain:+.1%})"
+        return self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, reason)
 
     def _flip(
         self, candidates: Sequence[RoleLoad], to: EngineRole, now: float, reason: str, rested_only: bool = True

@@ -153,12 +153,13 @@ def test_under_a_stationary_load_it_settles_near_the_best_division(
     assert reached >= max([*neighbours, reached]) / (1 + 2 * POLICY.gain)
 
 
-def test_it_finds_the_best_of_all_divisions_from_the_worst() -> None:
-    plant = make_plant(7, 1, prompt=400.0)
+@pytest.mark.parametrize(("output", "factor"), [(200.0, 1.5), (400.0, 2.5)])
+def test_it_finds_the_best_of_all_divisions_from_the_worst(output: float, factor: float) -> None:
+    plant = make_plant(7, 1, prompt=400.0, output=output)
     before = plant.flow(7, 1)[0]
     drive(plant, RoleController(POLICY), 600.0)
     reached = plant.flow(plant.count(PREFILL), plant.count(DECODE))[0]
-    assert reached > 2 * before
+    assert reached > factor * before
     assert reached >= plant.best() / (1 + POLICY.gain)
 
 
