@@ -95,14 +95,15 @@ def decode_state(numbers: Sequence[float]) -> PluginState:
 def carrier(command: Command) -> str:
     """What ``serialized_named_tensors`` holds for one rank: the command as the name of an empty tensor.
 
-    The pickle of ``[(name, torch.zeros(0))]`` is written out, so that the sender needs no torch.
+    The pickle of ``[(name, torch.FloatTensor())]`` is written out, so that the sender needs no torch. SGLang unpickles
+    containers of data only, of which the tensor types are some.
     """
     name = encode_command(command).encode()
     pickled = b"".join(
         [
             b"\x80\x02](",  # protocol 2, an empty list, mark
             b"X" + struct.pack("<I", len(name)) + name,
-            b"ctorch\nzeros\nK\x00\x85R",  # torch.zeros(0)
+            b"ctorch\nFloatTensor\n)R",  # torch.FloatTensor()
             b"\x86e.",  # the pair of both, appended; end
         ]
     )

@@ -41,9 +41,17 @@ def request(name: str, **fields: Any) -> GenerateRequest:
     return GenerateRequest(**settings)
 
 
-async def stream(server: ServerConnection, asked: GenerateRequest) -> tuple[int, bytes]:
+async def stream(
+    server: ServerConnection, asked: GenerateRequest, begun: asyncio.Event | None = None
+) -> tuple[int, bytes]:
+    """``begun`` is set when the first bytes have arrived."""
+    body = b""
     async with server.stream(ADAPTER.generate(asked, SERVED)) as (status, parts):
-        return status, b"".join([part async for part in parts])
+        async for part in parts:
+            body += part
+            if begun is not None:
+                begun.set()
+    return status, body
 
 
 def save(name: str, asked: GenerateRequest | None, call: Call, status: int, body: bytes) -> None:
@@ -78,32 +86,37 @@ async def record_generations(server: ServerConnection) -> None:
 
 
 async def record_stop_string(server: ServerConnection, tokenizer: Any) -> None:
-    """The text of the fourth greedy token is the stop string."""
-    _, body = await stream(server, request("probe"))
-    parser = ADAPTER.parser(request("probe"), SERVED)
+    """The stop string is the first whole character in what the request ``sampled`` says."""
+    probe = request("probe", temperature=1.0, seed=11)
+    _, body = await stream(server, probe)
+    parser = ADAPTER.parser(probe, SERVED)
     tokens = [int(token) for chunk in [*parser.feed(body), *parser.finish()] for token in chunk.tokens]
-    asked = request("stop-string", stop=(tokenizer.decode([tokens[3]]),))
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    stop = next(character for character in text[2:-2] if character != "\ufffd")
+    asked = request("stop-string", temperature=1.0, seed=11, stop=(stop,))
     save("stop-string", asked, ADAPTER.generate(asked, SERVED), *await stream(server, asked))
 
 
 async def record_aborts(server: ServerConnection) -> None:
-    async def aborted(name: str, asked: GenerateRequest) -> None:
-        running = asyncio.create_task(stream(server, asked))
-        await asyncio.sleep(0.3)
+    async def aborted(name: str, asked: GenerateRequest, paused: bool = False) -> None:
+        begun = asyncio.Event()
+        running = asyncio.create_task(stream(server, asked, begun))
+        await (asyncio.sleep(0.3) if paused else begun.wait())
         await server.ask(ADAPTER.abort(asked.request_id))
         save(name, asked, ADAPTER.generate(asked, SERVED), *await running)
 
     await aborted("aborted", request("aborted", max_tokens=400))
     await server.control(ADAPTER, ADAPTER.pause(PauseMode.KEEP_KV))
-    await aborted("aborted-before-the-first-token", request("aborted-before-the-first-token", max_tokens=400))
+    await aborted("aborted-before-the-first-token", request("aborted-before-the-first-token", max_tokens=400), True)
     await server.control(ADAPTER, ADAPTER.resume())
 
 
 async def record_versions(server: ServerConnection) -> None:
     """A request over which the version changes (the same weights under another name)."""
-    asked = request("two-versions", max_tokens=200)
-    running = asyncio.create_task(stream(server, asked))
-    await asyncio.sleep(0.3)
+    asked = request("two-versions", max_tokens=400)
+    begun = asyncio.Event()
+    running = asyncio.create_task(stream(server, asked, begun))
+    await begun.wait()
     await server.control(ADAPTER, ADAPTER.pause(PauseMode.KEEP_KV))
     await server.control(ADAPTER, ADAPTER.adopt(SERVED + 1))
     await server.control(ADAPTER, ADAPTER.resume())
