@@ -91,11 +91,14 @@ class SplitEngines(Engines):
         self._suspended: dict[str, _Suspended] = {}
         self._roles = RoleController(cluster.role_policy) if cluster.role_policy is not None else None
         self._ticking = False
+        self._complete = False
+        """All engines of the beginning are there: before, a request would meet roles that nobody has taken yet."""
         self._told = (0.0, 0.0, 0.0, 0.0)
 
     def join(self, name: str, version: int) -> None:
         index = int(name.removeprefix("engine-").partition(".")[0])
         self._chooser.add(name, self._cluster.roles[index])
+        self._complete = self._complete or len(self._replicas) + 1 >= len(self._cluster.roles)
         super().join(name, version)
         self._set_recorder(name)
 
@@ -165,6 +168,10 @@ class SplitEngines(Engines):
             request.begun, request.asked_at = True, self._loop.now
         request.moving = request.stale = request.prefilling = False
         request.trip += 1
+        if not self._complete:
+            request.replica = ""
+            self._homeless.append(request)
+            return
         home = self._chooser.home(session)
         first, decode = self._chooser.choose(session, context, request.group), self._chooser.decode_of(session)
         if first is None or decode is None:

@@ -137,7 +137,7 @@ class PairChooser(Router):
         if lacks <= self.min_tokens or session in self._alone:
             return decode
         lacking = {
-            engine: tokens - held.get(engine, 0)
+            engine: max(0, tokens - held.get(engine, 0))  # a prompt may be shorter than what is held
             for engine in self.in_role(EngineRole.PREFILL)
             if engine != decode and (among is None or engine in among)
         }

@@ -85,13 +85,15 @@ def test_kv_that_travels_slowly_is_waited_for() -> None:
     assert slow.counts.exposed_s > 50 * fast.counts.exposed_s
 
 
-def test_decoding_alone_has_no_slow_steps() -> None:
-    """What the split is for: no step of an engine that only decodes carries a prompt."""
-    overrides = ["engines.synthetic.slots=16", "rollout.concurrency=48"]
+def test_decoding_alone_has_fewer_slow_steps() -> None:
+    """What the split is for, with chunks that take longer than reading the weights (8,192 tokens on these accelerators)."""
+    overrides = ["engines.synthetic.slots=16", "rollout.concurrency=48", "engines.synthetic.prefill_chunk_tokens=16384"]
     split, _ = simulated(configured("swe", 1, 3, *overrides))
     config = configured("swe", 1, 3, *overrides, "engines.prefill=0", "engines.decode=0", "engines.replicas=4")
     mixed = Simulation(config, SimulationOptions(record=True))
     mixed.run()
+    cost = mixed.cluster.cost
+    assert cost.prefill_chunk / cost.prefill_rate > cost.half_concurrency / cost.decode_peak
     of_split, of_mixed = split.recorded[-1][0].inter_token, mixed.recorded[-1][0].inter_token
     assert of_split.quantile(0.99) / of_split.quantile(0.5) < of_mixed.quantile(0.99) / of_mixed.quantile(0.5)
 
@@ -99,13 +101,13 @@ def test_decoding_alone_has_no_slow_steps() -> None:
 def test_roles_by_load_move_engines_to_where_the_work_is() -> None:
     policy = ["engines.roles=auto", "engines.role_policy.window_s=20", "engines.role_policy.min_residence_s=20"]
     policy += ["engines.role_policy.cool_down_s=10", "run.steps=20"]
-    _, engines = simulated(configured("reason", 4, 2, *policy))
+    moving, engines = simulated(configured("reason", 5, 1, *policy))
     assert engines.counts.flips
     roles = [engines.role(name) for name in engines.names]
     assert roles.count(EngineRole.PREFILL) == 1, "prompts of 500 tokens for answers of 4,000 need no more"
-    fixed, _ = simulated(configured("reason", 4, 2, "run.steps=20"))
-    moving, _ = simulated(configured("reason", 4, 2, *policy))
-    assert moving.loop.now < 0.8 * fixed.loop.now
+    fixed, best = (simulated(configured("reason", m, 6 - m, "run.steps=20"))[0].loop.now for m in (5, 1))
+    assert moving.loop.now < 0.8 * fixed
+    assert moving.loop.now < 1.2 * best
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
