@@ -86,10 +86,8 @@ class EngineClient:
 
     def engine_of(self, episode_id: str) -> str:
         """The engine that a request of this episode waits for; empty when there is none."""
-        for pending in self._pending.values():
-            if pending.request.session_id.startswith(f"{episode_id}/"):
-                return pending.engine
-        return ""
+        waiting = (p.engine for p in self._pending.values() if p.request.session_id.startswith(f"{episode_id}/"))
+        return next(waiting, "")
 
     def add_engine(self, name: str, handle: EngineHandle, since: int = 0) -> None:
         """An engine that serves the current weights joins; ``since``: the version that it joined with."""
@@ -225,8 +223,9 @@ class EngineClient:
     def release(self, session_id: str) -> None:
         """The session is over: its engine may drop the KV. A request of it that is in flight is cancelled."""
         pending = self._of_session.get(session_id)
-        if pending is not None:
+        if pending is not None and not pending.future.done():
             pending.future.cancel()
+            self._abort(pending)  # now: sent along with the release, the request would open the session again
         if self._barrier is not None:
             self._held_releases.append(session_id)
             return
@@ -295,8 +294,7 @@ class EngineClient:
 
     def _place(self, request: GenerateRequest) -> tuple[str | None, GenerateRequest]:
         """The engine that takes a request (None: there is none), and the request as it is sent there."""
-        session = request.session_id
-        home = self._router.home(session)
+        home = self._router.home(session := request.session_id)
         among = holders(self._engines, self._router.members, request)
         if among == []:  # all that held the version are gone: those that came after them answer, and the tokens say so
             among, request = None, msgspec.structs.replace(request, pinned_version=None)
@@ -313,14 +311,16 @@ class EngineClient:
             if not pending.future.done():
                 pending.future.set_exception(fault)
             return
-        if not pending.future.done():
-            self._route(pending)
+        self._route(pending)
 
     def _abort(self, pending: Pending) -> None:
+        """Nobody waits for this request any more. It is aborted once, however often that is said."""
+        if pending.given_up:
+            return
+        pending.given_up = True
         if pending in self._held:
             self._held.remove(pending)
-        engine = self._engines.get(pending.engine)
-        if engine is None:
+        if (engine := self._engines.get(pending.engine)) is None:
             return
         unsent = [request for request in engine.requests if request.request_id != pending.request.request_id]
         if len(unsent) < len(engine.requests):

@@ -47,6 +47,8 @@ class Pending:
     """Taken off an engine that drains."""
     fruitless: int = 0
     """Times in a row that an engine aborted it without a token."""
+    given_up: bool = False
+    """Nobody waits for it any more, and its engine was told or never had it."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ import pytest
 
 from experience.wire import decode, encode
 from rollout_workers.engine_client import MAX_ABORTS, EngineClient, SubmitBatch, joined, remaining
+from rollout_workers.engines.clients import ClientBook
 from rollout_workers.engines.protocol import EngineLoad, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 
@@ -232,6 +233,23 @@ async def test_releasing_a_session_cancels_its_request() -> None:
     assert call.cancelled()
     await released(engine, ["a"])
     assert [name for batch in engine.batches for name in batch.aborts] == ["a"]
+    assert client.in_flight == client.sessions == 0
+    await client.close()
+
+
+async def test_a_request_that_is_not_sent_yet_never_opens_its_session_after_the_release() -> None:
+    engine, client, book = HandOperatedEngine(), EngineClient("w"), ClientBook()
+    client.add_engine("e", engine)
+    await asyncio.sleep(0)
+    call = asyncio.create_task(client.generate(request("a")))
+    await asyncio.sleep(0)  # it is on its way: whoever sends wakes next, before the one who is told of its end
+    client.release("a")
+    await asyncio.wait([call], timeout=5)
+    assert call.cancelled()
+    await released(engine, ["a"])
+    for batch in engine.batches:
+        book.took(batch)
+    assert book.load("w").sessions == 0
     assert client.in_flight == client.sessions == 0
     await client.close()
 

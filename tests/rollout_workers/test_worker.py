@@ -204,7 +204,8 @@ async def test_however_episodes_end_none_of_their_sessions_stays_on_an_engine(
     model: Path, tmp_path: Path, lock_step: bool
 ) -> None:
     settings = {"loop": "worker_fixtures:wanders", "episode_timeout_s": 0.5, "max_attempts": 2, "lock_step": lock_step}
-    async with serve(model, tmp_path, concurrency=16, **settings) as bench:
+    rewards = [RewardConfig(kind="worker_fixtures:content_judge")]
+    async with serve(model, tmp_path, rewards=rewards, concurrency=16, **settings) as bench:
         bench.worker.run([assignment(index) for index in range(12)])
         await bench.delivered.until(8)
         bench.worker.cancel([f"g{index}" for index in range(6, 9)])

@@ -29,7 +29,7 @@ from rollout_workers.config import RolloutConfig
 from rollout_workers.engine_client import SubmitBatch
 from rollout_workers.engines.actor import EngineActor
 from rollout_workers.engines.config import EnginesConfig
-from rollout_workers.engines.protocol import EngineLoad, GenerateRequest
+from rollout_workers.engines.protocol import EngineLoad, GenerateRequest, TokenChunk
 from rollout_workers.ports import WorkerPorts
 from rollout_workers.worker import RolloutWorker
 
@@ -66,6 +66,11 @@ class Rounds(Environment):
 
 def broken_judge(sample: RewardSample) -> float:
     raise ConnectionError(f"the judge of {sample.episode_id} is away")
+
+
+def content_judge(sample: RewardSample) -> float:
+    """For loops without an environment: there is no outcome to look at."""
+    return 1.0
 
 
 async def raises(episode: Episode) -> None:
@@ -147,9 +152,19 @@ class Engine(EngineActor):
         answered = [r for r in batch.requests if self.silent_from is None or len(r.prompt) < self.silent_from]
         self.held += len(batch.requests) - len(answered)
         load = await super().submit(encode(msgspec.structs.replace(batch, requests=answered)))
+        await self._tell()
+        return load
+
+    def _deliver(self, chunks: list[TokenChunk]) -> None:
+        super()._deliver(chunks)
+        if any(chunk.finish_reason is not None for chunk in chunks):
+            telling = asyncio.create_task(self._tell())
+            _LEFT_RUNNING.add(telling)
+            telling.add_done_callback(_LEFT_RUNNING.discard)
+
+    async def _tell(self) -> None:
         async with self.changed:
             self.changed.notify_all()
-        return load
 
     def told(self) -> EngineLoad:
         """What it would tell a client."""
