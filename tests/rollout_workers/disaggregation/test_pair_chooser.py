@@ -34,6 +34,24 @@ def test_first_prompts_are_prefilled_elsewhere_and_short_ones_stay() -> None:
     assert one_turn(chooser, "short", 8, 5) == ("d0", "d0")
 
 
+def test_an_engine_that_comes_back_under_its_name_owes_nothing() -> None:
+    chooser = split()
+    assert chooser.choose("s", 100) == "p0"
+    chooser.remove("p0")
+    chooser.add("p0", PREFILL)
+    chooser.ended("s")
+    assert chooser.queued("p0") == 0
+
+
+def test_a_prompt_shorter_than_what_is_held_counts_as_nothing_to_compute() -> None:
+    chooser = PairChooser(4)
+    chooser.add("e0", PREFILL)
+    one_turn(chooser, "s", 10, 10)
+    chooser.add("e1", DECODE)
+    assert (chooser.choose("s", 12), chooser.decode_of("s")) == ("e0", "e1")
+    assert chooser.queued("e0") == 0
+
+
 def test_sessions_stay_with_their_decode_engine_and_are_divided_among_them() -> None:
     chooser = split(2, 3)
     homes = {f"s{number}": one_turn(chooser, f"s{number}", 100, 10)[1] for number in range(30)}

@@ -98,6 +98,26 @@ async def test_a_groups_prompt_is_computed_and_handed_over_once(split_model: Pat
         assert (await split.health("d0")).kv_received_mb < 2 * len(context) * TOKEN_BYTES / 2**20
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+async def test_a_group_goes_on_when_one_of_it_ends_during_its_hand_off(split_model: Path, gone: int) -> None:
+    """Siblings wait for the one that sends their common prompt, and must not wait for one that is gone."""
+    context = prompt(120)
+    asked = [request(f"r{n}", prompt=context, max_tokens=8, seed=n, prefix_group="g") for n in range(4)]
+    unsplit = run_all(whole(split_model), *asked)
+    async with local_split(split_model, prefill_tokens=16) as split:
+        running = [asyncio.create_task(split.client.generate(each)) for each in asked]
+        while not (await split.health("p0")).prefill_tokens:
+            await asyncio.sleep(0)
+        running[gone].cancel()
+        got = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=30)
+        assert isinstance(got[gone], asyncio.CancelledError)
+        for each, answer in zip(asked, got, strict=True):
+            if isinstance(answer, TokenChunk):
+                assert_same(answer, unsplit[each.request_id])
+        assert sum(isinstance(answer, TokenChunk) for answer in got) == len(asked) - 1
+        await split.everything_settled()
+
+
 async def test_what_prefill_ends_needs_no_decode_engine(split_model: Path) -> None:
     asked = request("r", prompt=prompt(60), max_tokens=4, temperature=0.0)
     first = int(run_all(whole(split_model), asked)["r"].tokens[0])
