@@ -41,7 +41,7 @@ class ConcurrencyController:
 
     It judges once a round, that is when the engines have finished about one request for each of their sessions. If more than
     ``tolerated`` of them cost a session its KV, or more requests wait for a slot than run, the limit becomes ``back_off``
-    times what it was; if nothing was lost, nothing waits and the limit is used up, it grows by one for each engine. Nothing is
+    times what it was; if nothing was lost, nothing waits and the limit is used up, all workers' together grow by one for each engine. Nothing is
     cut again until as many episodes have ended as the last cut takes: episodes in flight are never stopped.
     1 <= ``limit`` <= ``ceiling``, always.
 
@@ -103,7 +103,13 @@ class ConcurrencyController:
             return
         kv_used = sum(each.load.kv_used for each in engines) / len(engines)
         if not lost and not waiting and kv_used < self.policy.full and episodes >= self.limit:
-            self._limit = min(float(self.ceiling), self._limit + len(engines))
+            self._limit = min(float(self.ceiling), self._limit + len(engines) * _share(engines))
+
+
+def _share(engines: list[_Engine]) -> float:
+    """How much of what the engines hold is this worker's: all workers grow at once, by so much together."""
+    own, sessions = sum(each.load.own_sessions for each in engines), sum(each.load.sessions for each in engines)
+    return min(1.0, own / sessions) if own else 1.0
 
 
 @dataclass

@@ -126,6 +126,25 @@ def test_it_grows_while_nothing_is_lost_and_the_limit_is_used() -> None:
         assert controller.limit == expected, count
 
 
+def test_several_workers_grow_by_one_for_each_engine_together() -> None:
+    controller = ConcurrencyController(40)
+    controller.members(["a"])
+
+    def hear(finished: int) -> None:
+        load = EngineLoad(sessions=20, requests=20, own_sessions=5, finished=finished, lost=20, kv_used=0.5)
+        controller.heard("a", load, controller.limit)
+
+    controller.heard("a", report(0), 40)
+    hear(20)
+    assert controller.limit == 34
+    hear(40)
+    hear(60)
+    hear(80)
+    assert controller.limit == 34  # a quarter of what the engine holds is this worker's
+    hear(100)
+    assert controller.limit == 35
+
+
 def test_a_limit_that_was_found_follows_the_number_of_engines() -> None:
     controller = ConcurrencyController(40)
     controller.members(["a", "b"])
