@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from engine_helpers import drain, make_engine, make_model, prompt, reference_logprobs, request, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,20 +26,27 @@ def member(index: int, group: str = "g", extra: int = 0, **fields: object) -> Ge
     return request(name, session_id=name, prompt=tokens, prefix_group=group, seed=index, **fields)
 
 
-def run_group(sharing: bool, extra: int, **settings: object) -> tuple[dict[str, object], TorchEngine]:
-    engine = make_engine(share_prefixes=sharing, **settings)
+def run_group(
+    sharing: bool, extra: int, dtype: torch.dtype = torch.float32, **settings: object
+) -> tuple[dict[str, object], TorchEngine]:
+    engine = make_engine(make_model().to(dtype), share_prefixes=sharing, **settings)
     return run_all(engine, *(member(index, extra=extra) for index in range(MEMBERS))), engine
 
 
 @pytest.mark.parametrize("extra", [0, 7])
 @pytest.mark.parametrize("prefill_tokens", [1024, 16])
-def test_tokens_and_logprobs_are_those_without_sharing(extra: int, prefill_tokens: int) -> None:
-    apart, engine_apart = run_group(False, extra, prefill_tokens=prefill_tokens)
-    together, engine = run_group(True, extra, prefill_tokens=prefill_tokens)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_and_logprobs_are_those_without_sharing(extra: int, prefill_tokens: int, dtype: torch.dtype) -> None:
+    """Bit for bit in double precision. In single precision a prompt computed in other pieces differs in its last bits,
+    shared or not, and sharing changes the pieces."""
+    apart, engine_apart = run_group(False, extra, dtype, prefill_tokens=prefill_tokens)
+    together, engine = run_group(True, extra, dtype, prefill_tokens=prefill_tokens)
     assert apart.keys() == together.keys()
     for name, result in together.items():
         assert result.tokens.tolist() == apart[name].tokens.tolist()
-        np.testing.assert_allclose(result.logprobs, apart[name].logprobs, atol=1e-6)
+        if dtype is torch.float64:
+            assert result.logprobs.tolist() == apart[name].logprobs.tolist()
+        np.testing.assert_allclose(result.logprobs, apart[name].logprobs, rtol=0, atol=5e-6)
     done = COMMON if prefill_tokens > COMMON else 32  # for the last 8 tokens nobody waits another step
     common = min(done, COMMON + extra - 1)  # one token is left to compute, which counts as decoding
     assert [together[f"g-{index}"].chunks[0].cached_tokens for index in range(MEMBERS)] == [0, common, common, common]
