@@ -126,30 +126,32 @@ async def test_an_abort_keeps_the_tokens_so_far(engine: Engine) -> None:
 @pytest.mark.parametrize("keep", ["keep_kv", "keep_requests"])
 async def test_a_pause_keeps_requests_and_changes_no_token(engine: Engine, keep: str) -> None:
     given = prompt(15, seed=80)
-    request, late = engine.request(given, 300, temperature=0.0), engine.request(prompt(6, seed=81), 8, temperature=0.0)
+    request, late = engine.request(given, 480, temperature=0.0), engine.request(prompt(6, seed=81), 8, temperature=0.0)
     await engine.submit(request)
     parts = []
     async with asyncio.timeout(PATIENCE_S):
         while not parts:
             parts += await engine.collect()
         await engine.actor.pause(keep)
-        assert (await engine.health()).paused
-        await asyncio.sleep(0.5)  # what was on its way has arrived
-        if engine.actor_has_news():
-            parts += await engine.collect()
-        before = sum(len(chunk.tokens) for chunk in parts)
-        assert parts[-1].finish_reason is None, "it ended before the pause; the pause was not tested"
-        await engine.submit(late)
-        await asyncio.sleep(1.0)
-        assert not engine.actor_has_news()
-        assert before < 300
-        await engine.actor.resume()
+        try:
+            assert (await engine.health()).paused
+            await asyncio.sleep(0.5)  # what was on its way has arrived
+            if engine.actor_has_news():
+                parts += await engine.collect()
+            before = sum(len(chunk.tokens) for chunk in parts)
+            assert parts[-1].finish_reason is None, "it ended before the pause; the pause was not tested"
+            await engine.submit(late)
+            await asyncio.sleep(1.0)
+            assert not engine.actor_has_news()
+            assert before < 480
+        finally:
+            await engine.actor.resume()
         ended: dict[str, list[TokenChunk]] = {request.request_id: parts, late.request_id: []}
         while not all(chunks and chunks[-1].finish_reason for chunks in ended.values()):
             for chunk in await engine.collect():
                 ended[chunk.request_id].append(chunk)
     tokens = [token for chunk in parts for token in chunk.tokens.tolist()]
-    assert tokens == greedy(engine.seed, given, 300)
+    assert tokens == greedy(engine.seed, given, 480)
     assert [token for chunk in ended[late.request_id] for token in chunk.tokens.tolist()] == greedy(
         engine.seed, late.prompt, 8
     )
