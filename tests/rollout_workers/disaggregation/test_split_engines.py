@@ -106,8 +106,8 @@ async def test_a_group_goes_on_when_one_of_it_ends_during_its_hand_off(split_mod
     unsplit = run_all(whole(split_model), *asked)
     async with local_split(split_model, prefill_tokens=16) as split:
         running = [asyncio.create_task(split.client.generate(each)) for each in asked]
-        while not (await split.health("p0")).prefill_tokens:
-            await asyncio.sleep(0)
+        prefill = split.actors["p0"]._engine
+        await until(lambda: prefill.health().prefill_tokens > 0, "the prompt is begun")
         running[gone].cancel()
         got = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=30)
         assert isinstance(got[gone], asyncio.CancelledError)
