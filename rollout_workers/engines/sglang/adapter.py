@@ -65,7 +65,7 @@ class SglangAdapter:
         return generate_call(request, served)
 
     def parser(self, request: GenerateRequest, served: int) -> SglangStreamParser:
-        return SglangStreamParser(request)
+        return SglangStreamParser(request, served)
 
     def refusal(self, status: int, body: bytes) -> str:
         return f"SGLang refused the request ({status}): {_message(body)}"
@@ -90,7 +90,7 @@ class SglangAdapter:
         return [expect, *flush, *self._update(Command(kind="commit", version=version), version)]
 
     def boundaries(self, call: Call, body: bytes) -> dict[str, int]:
-        return {}  # every event of a stream says which version sampled which token
+        return {}  # the end of a stream says which version sampled which token
 
     def check(self, call: Call, body: bytes) -> None:
         if call.path == PLUGIN:

@@ -58,14 +58,24 @@ _NO_INTS = np.zeros(0, np.int32)
 
 
 class SglangStreamParser:
-    """Parses the answer to one request. Between two calls it keeps at most one incomplete event."""
+    """Parses the answer to one request.
 
-    def __init__(self, request: GenerateRequest) -> None:
+    Only the last event says which weights sampled which token. Until a commit falls into the stream (`switched`) all
+    tokens are of ``served``; those that arrive after one are held back until the server has said whose they are.
+    """
+
+    def __init__(self, request: GenerateRequest, served: int) -> None:
         self._request = request
         self._name = request_name(request.request_id)
         self._filtered = filtered(request)
         self._events = EventStream()
         self._seen = 0
+        self._served = served
+        self._held: tuple[list[int], list[float]] = ([], [])
+        self._assumed = 0
+        """So many tokens were told to be of ``served`` before the server said so."""
+        self._uncertain = False
+        """Whether tokens to come may be of another version than ``served``."""
         self._started = self._finished = False
 
     def feed(self, data: bytes) -> list[TokenChunk]:
@@ -78,7 +88,7 @@ class SglangStreamParser:
         return chunks
 
     def switched(self, version: int, tokens: int | None) -> list[TokenChunk]:
-        """Nothing to do: every event says which version sampled which token."""
+        self._uncertain = True
         return []
 
     def _chunks(self, payloads: list[bytes]) -> list[TokenChunk]:
@@ -108,20 +118,31 @@ class SglangStreamParser:
             # Aborted while it waited: the server repeats ids without log-probabilities.
             return self._ended(reason, error)
         ids, logprobs = self._new(output_ids, meta)
-        begin, self._seen = self._seen, self._seen + len(ids)
-        versions = _versions(meta.weight_versions, begin, self._seen)
-        unsound = [lp for lp in logprobs if lp is None]
-        if unsound:
-            reason, error = FinishReason.ERROR, f"{len(unsound)} log-probabilities are not finite: damaged weights?"
-            ids, logprobs, versions = [], [], _NO_INTS
+        self._seen += len(ids)
+        sound = [lp for lp in logprobs if lp is not None]
+        if len(sound) < len(ids):
+            reason = FinishReason.ERROR
+            error = f"{len(ids) - len(sound)} log-probabilities are not finite: damaged weights?"
+            ids, sound, self._held = [], [], ([], [])
+        ids, sound = self._held[0] + ids, self._held[1] + sound
+        if reason is None and self._uncertain and meta.weight_versions is None:
+            self._held = ids, sound
+            return None
+        if reason is not None and ids and meta.weight_versions is None:
+            if reason not in (FinishReason.ABORT, FinishReason.ERROR):
+                raise ServerAnswerError(f"the answer does not say which weights sampled its last {len(ids)} tokens")
+            if self._uncertain:
+                ids, sound = [], []
+        self._held = [], []
         if not ids and reason is None:
             return None
+        versions = self._versions_of(meta.weight_versions, len(ids))
         matched = meta.finish_reason.matched if meta.finish_reason is not None else None
         self._finished = reason is not None
         return TokenChunk(
             request_id=self._request.request_id,
             tokens=np.array(ids, np.int32),
-            logprobs=np.array(logprobs, np.float32),
+            logprobs=np.array(sound, np.float32),
             versions=versions,
             finish_reason=reason,
             stop_match=matched if reason is FinishReason.STOP and isinstance(matched, str) else None,
@@ -150,6 +171,18 @@ class SglangStreamParser:
                 "the answer has no log-probabilities after top-k and top-p: use top_p=1 and top_k=0 with this SGLang"
             )
         return ids, sampled[begin : len(output_ids)]
+
+    def _versions_of(self, spans: list[_Span] | None, count: int) -> npt.NDArray[np.int32]:
+        """Of the last ``count`` tokens. Raises ServerAnswerError if those told before were not of ``served``."""
+        if spans is None:
+            self._assumed += count
+            return np.full(count, self._served, np.int32)
+        versions = _versions(spans, 0, self._seen)
+        if (versions[: self._assumed] != self._served).any():
+            raise ServerAnswerError(
+                f"tokens were told to be of version {self._served}; in the end the server says {spans}"
+            )
+        return versions[len(versions) - count :]
 
     def _cached(self, meta: _Meta) -> int:
         started, self._started = self._started, True

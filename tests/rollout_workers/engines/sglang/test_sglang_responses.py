@@ -16,7 +16,7 @@ from rollout_workers.engines.sglang.responses import SglangStreamParser
 
 
 def parse(data: bytes, cuts: list[int] | None = None, **changes: Any) -> list[TokenChunk]:
-    parser = SglangStreamParser(request(**changes))
+    parser = SglangStreamParser(request(**changes), 0)
     edges = [0, *sorted(cuts or []), len(data)]
     chunks = [chunk for begin, end in itertools.pairwise(edges) for chunk in parser.feed(data[begin:end])]
     return chunks + parser.finish()
@@ -175,7 +175,7 @@ def test_garbage_is_named(stream: bytes, says: str) -> None:
 
 
 def test_an_event_without_end_is_bounded() -> None:
-    parser = SglangStreamParser(request())
+    parser = SglangStreamParser(request(), 0)
     for _ in range(32):
         assert parser.feed(b" " * (1 << 20)) == []
     with pytest.raises(ServerAnswerError, match="more than"):
