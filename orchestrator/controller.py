@@ -343,7 +343,8 @@ class Controller:
             try:
                 events = decode(await queue.next_events.remote(str(EVENTS_S)), list[QueueEvent])
             except LaneLostError as error:
-                await self._one("queue").stats.remote()  # raises when the queue is dead: that is the cause then
+                async with asyncio.timeout(EVENTS_S):
+                    await self._one("queue").stats.remote()  # raises when the queue is dead: that is the cause then
                 raise RunFailed(f"{error}, and events may be lost; `millrace resume` goes on") from error
             cancelled: list[str] = []
             for event in events:

@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says nothing about the code when other processes want the cores.
+settings.register_profile("millrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("millrace")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TERM"] = "xterm-256color"  # what is shown must not depend on the terminal that the tests run in
