@@ -37,6 +37,8 @@ class Sample:
     """[n]: learner version minus the version that sampled them."""
     advantage: float
     temperature: float
+    stays: npt.NDArray[np.bool_] | None = None
+    """[n]: tokens that the second-moment mask of the step leaves in; None where there is no such mask."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -152,19 +154,42 @@ class MicroBatch:
     """int64 [n]."""
     sample_of: torch.Tensor
     """int64 [n]: index into ``samples``."""
+    stays: torch.Tensor | None
+    """bool [n]: see `Sample.stays`."""
     samples: tuple[Sample, ...]
     normaliser: float
     """What the batch adds to the step's normaliser: its targets, or its trajectories."""
 
 
-def collate(samples: Sequence[Sample], aggregation: str, device: torch.device | str = "cpu") -> MicroBatch:
-    """The micro-batch of samples that are sorted longest first. ``aggregation``: ``token`` or ``sequence``."""
+def token_weights(counts: Sequence[int], aggregation: str, constant_length: int | None) -> list[float]:
+    """What a token of each trajectory weighs in the sum that the step divides; ``counts``: their trained tokens.
+
+    - ``token``: 1, and the step divides by its tokens (Yu et al. 2025, "DAPO", section 3.3);
+    - ``sequence``: 1 / tokens of the trajectory, divided by trajectories (Shao et al. 2024, "DeepSeekMath");
+    - ``constant``: 1 / ``constant_length``, divided by trajectories (Liu et al. 2025, "Understanding R1-Zero-Like Training").
+    """
+    if aggregation == "token":
+        return [1.0] * len(counts)
+    if aggregation == "sequence":
+        return [1.0 / count for count in counts]
+    if aggregation == "constant":
+        if constant_length is None:
+            raise ValueError("learner.aggregation=constant needs learner.constant_length")
+        return [1.0 / constant_length] * len(counts)
+    raise ValueError(f"unknown aggregation {aggregation!r}: use token, sequence or constant")
+
+
+def collate(
+    samples: Sequence[Sample],
+    aggregation: str,
+    device: torch.device | str = "cpu",
+    constant_length: int | None = None,
+) -> MicroBatch:
+    """The micro-batch of samples that are sorted longest first; ``aggregation`` as in `token_weights`."""
     lengths = [len(sample) for sample in samples]
     offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
     counts = [len(sample.targets) for sample in samples]
-    if aggregation not in ("token", "sequence"):
-        raise ValueError(f"unknown aggregation {aggregation!r}: use token or sequence")
-    per_sample_weight = [1.0 if aggregation == "token" else 1.0 / count for count in counts]
+    per_sample_weight = token_weights(counts, aggregation, constant_length)
 
     def repeated(values: Sequence[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), counts)).to(device)
@@ -184,6 +209,16 @@ def collate(samples: Sequence[Sample], aggregation: str, device: torch.device | 
         inverse_temperatures=repeated([1.0 / s.temperature if s.temperature > 0 else 1.0 for s in samples]),
         lags=joined((s.lags for s in samples), np.int64),
         sample_of=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)).to(device),
+        stays=_stays(samples, device),
         samples=tuple(samples),
         normaliser=float(sum(counts) if aggregation == "token" else len(samples)),
     )
+
+
+def _stays(samples: Sequence[Sample], device: torch.device | str) -> torch.Tensor | None:
+    masks = [sample.stays for sample in samples if sample.stays is not None]
+    if not masks:
+        return None
+    if len(masks) != len(samples):
+        raise ValueError("some samples of a micro-batch have a second-moment mask and others have none")
+    return torch.from_numpy(np.concatenate(masks)).to(device)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from experience.wire import decode_group
 from learner.backends.fsdp import FsdpBackend
-from learner.backends.protocol import ObjectiveSettings, TrainingBackend
+from learner.backends.protocol import TrainingBackend
 from learner.checkpoint import (
     OPTIMIZER_FILE,
     CheckpointState,
@@ -176,12 +176,8 @@ class Learner:
         config = self._config
         on_cpu = backend.device.type == "cpu"
         return StepSettings(
-            objective=ObjectiveSettings(
-                config.correction, config.clip_low, config.clip_high, config.correction_cap, config.entropy_coef
-            ),
+            objective=config,
             max_lag=self._max_lag,
-            advantage=config.advantage,
-            aggregation=config.aggregation,
             skip_no_signal=config.skip_no_signal,
             pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if on_cpu else config.token_budget,
             deterministic=self._deterministic,

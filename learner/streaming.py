@@ -8,13 +8,17 @@ backward passes run while the rest of the step is still being generated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from experience.records import Group
-from learner.backends.protocol import ObjectiveSettings, TrainingBackend
-from learner.batching import GroupSamples, Sample, collate, make_samples, pack
+from learner.backends.protocol import TrainingBackend
+from learner.batching import GroupSamples, MicroBatch, Sample, collate, make_samples, pack
+from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
+from learner.objectives.config import ObjectiveConfig
+from learner.objectives.policy_loss import step_mask
 from learner.objectives.sums import TokenSums
 
 SUCCESS_REWARD = 1.0
@@ -25,15 +29,18 @@ SUCCESS_REWARD = 1.0
 class StepSettings:
     """How a step turns groups into a gradient."""
 
-    objective: ObjectiveSettings
+    objective: ObjectiveConfig
     max_lag: int
-    advantage: str = "grpo"
-    aggregation: str = "token"
     skip_no_signal: bool = True
     pass_tokens: int = 8192
     """Most tokens in one pass; passes start as soon as that many are waiting."""
     deterministic: bool = False
     """Wait for all groups and take them in dispatch order, so that the result does not depend on arrival."""
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether the loss of a token depends on the other groups of the step, so that none can be trained on before all are in."""
+        return self.objective.advantage in STEP_NORMALISED or self.objective.second_moment_limit is not None
 
 
 @dataclass
@@ -64,13 +71,19 @@ class StreamingStep:
             return
         for group in groups:
             self._take(group)
+        if self._settings.whole_step:
+            return
         if sum(map(len, self._pending)) >= self._settings.pass_tokens:
             *full, last = sorted(pack(self._pending, self._settings.pass_tokens), key=_tokens, reverse=True)
             self._pending = last if full else []
             self._run(full or [last])
 
     def flush(self) -> None:
-        """Runs everything that has arrived."""
+        """Runs everything that has arrived (nothing, if the objective needs the whole step)."""
+        if not self._settings.whole_step:
+            self._flush()
+
+    def _flush(self) -> None:
         pending, self._pending = self._pending, []
         self._run(pack(pending, self._settings.pass_tokens))
 
@@ -79,7 +92,9 @@ class StreamingStep:
         for group in sorted(self._held, key=lambda group: group.header.index):
             self._take(group)
         self._held = []
-        self.flush()
+        if self._settings.whole_step:
+            self._pending = self._masked(self._normalised(self._pending))
+        self._flush()
         norm: float | None = 0.0
         if self._bad:
             self._backend.discard_gradient()
@@ -96,15 +111,45 @@ class StreamingStep:
         return StepResult(metrics, applied, self._bad)
 
     def _take(self, group: Group) -> None:
-        made = make_samples(group, self._version, self._settings.max_lag, self._settings.advantage)
+        made = make_samples(group, self._version, self._settings.max_lag, self._settings.objective.advantage)
         self._groups.append(made)
-        if made.has_signal or not self._settings.skip_no_signal:
+        if made.has_signal or not self._settings.skip_no_signal or self._settings.whole_step:
             self._pending.extend(made.samples)
+
+    def _normalised(self, samples: list[Sample]) -> list[Sample]:
+        """The samples of the whole step with their advantages over it."""
+        if self._settings.objective.advantage not in STEP_NORMALISED or not samples:
+            return samples
+        advantages = normalised_over_step(
+            np.array([sample.advantage for sample in samples]), np.array([len(sample.targets) for sample in samples])
+        )
+        return [replace(sample, advantage=float(a)) for sample, a in zip(samples, advantages, strict=True)]
+
+    def _masked(self, samples: list[Sample]) -> list[Sample]:
+        """The samples of the whole step with its second-moment mask, which takes a forward pass of its own."""
+        limit = self._settings.objective.second_moment_limit
+        if limit is None or not samples:
+            return samples
+        bins = pack(samples, self._settings.pass_tokens)
+        batches = [self._collate(members) for members in bins]
+        logp = torch.cat([self._backend.forward(batch).cpu() for batch in batches])
+        behaviour = torch.cat([batch.behaviour.cpu() for batch in batches])
+        advantages = torch.cat([batch.advantages.cpu() for batch in batches])
+        stays = step_mask(logp, behaviour, advantages, limit).numpy()
+        ordered = [sample for members in bins for sample in members]
+        ends = np.cumsum([len(sample.targets) for sample in ordered])
+        return [
+            replace(sample, stays=stays[end - len(sample.targets) : end])
+            for sample, end in zip(ordered, ends, strict=True)
+        ]
+
+    def _collate(self, samples: list[Sample]) -> MicroBatch:
+        objective = self._settings.objective
+        return collate(samples, objective.aggregation, self._backend.device, objective.constant_length)
 
     def _run(self, bins: list[list[Sample]]) -> None:
         for samples in bins:
-            batch = collate(samples, self._settings.aggregation, self._backend.device)
-            done = self._backend.forward_backward(batch, self._settings.objective)
+            done = self._backend.forward_backward(self._collate(samples), self._settings.objective)
             self._sums.add(done.sums)
             self._bad.extend(done.bad_samples)
             self._passes += 1

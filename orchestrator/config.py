@@ -19,6 +19,8 @@ from omegaconf import OmegaConf
 from env_pool.config import EnvironmentsConfig, RewardConfig, TasksConfig
 from experience.config import QueueConfig, StalenessConfig
 from learner.config import LearnerConfig, ModelConfig
+from learner.objectives.config import GROUP_RELATIVE
+from learner.objectives.presets import PRESETS
 from orchestrator.composition import ConfigError, Origin, compose, leaves
 from orchestrator.fleet_config import FleetConfig
 from rollout_workers.config import RolloutConfig
@@ -145,7 +147,32 @@ def load(paths: Sequence[str], overrides: Sequence[str] = ()) -> Config:
     config = composed.config
     config.origins = composed.origins
     config.references = composed.references
-    return resolve_mode(config)
+    return resolve_objective(resolve_mode(config))
+
+
+def resolve_objective(config: Config) -> Config:
+    """A copy of ``config`` with the values of its objective's preset wherever nothing else was set.
+
+    What was set in an earlier layer than ``learner.objective`` gives way to the preset, as with ``mode``; what was set beside
+    it or later stays.
+
+    Raises:
+        ConfigError: No preset of that name.
+    """
+    name = config.learner.objective
+    if name not in PRESETS:
+        raise ConfigError(f"learner.objective: {one_of(name, tuple(PRESETS))}")
+    resolved = copy.deepcopy(config)
+    chosen = config.origins.get("learner.objective", Origin(-1, "the default"))
+    for key, value in PRESETS[name].settings.items():
+        origin = config.origins.get(key)
+        if origin is None or origin.layer < chosen.layer:
+            section, field_name = key.split(".")
+            setattr(getattr(resolved, section), field_name, value)
+    learner = resolved.learner
+    if learner.aggregation == "constant" and learner.constant_length is None:
+        learner.constant_length = resolved.rollout.max_episode_tokens
+    return resolved
 
 
 def resolve_mode(config: Config) -> Config:
@@ -210,6 +237,11 @@ def _validate_together(config: Config) -> None:
         raise ValueError(
             f"rollout.max_episode_tokens ({config.rollout.max_episode_tokens}) must not exceed engines.max_len "
             f"({config.engines.max_len}): the engine could not hold the episode"
+        )
+    if config.rollout.group_size == 1 and config.learner.advantage in GROUP_RELATIVE:
+        raise ValueError(
+            f"learner.advantage={config.learner.advantage} compares the episodes of a group, and rollout.group_size=1 leaves "
+            "nothing to compare: every advantage would be 0; use groups of 2 or more, or learner.advantage=reinforce_pp"
         )
     if "synthetic" in (config.engines.kind, config.learner.backend):
         _validate_synthetic(config)

@@ -17,11 +17,12 @@ import torch
 
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
-from learner.backends.protocol import ObjectiveSettings, PassResult
+from learner.backends.protocol import PassResult
 from learner.batching import MicroBatch
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
-from learner.objectives.policy_loss import policy_loss
+from learner.objectives.config import ObjectiveConfig
+from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
 
@@ -73,21 +74,19 @@ class FsdpBackend:
             output.logits[0], batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
         )
 
-    def forward_backward(self, batch: MicroBatch, objective: ObjectiveSettings) -> PassResult:
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        with torch.no_grad():
+            return self.logprobs(batch)[0]
+
+    def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logp, entropies = self.logprobs(batch, entropy_gradient=objective.entropy_coef > 0)
-        terms = policy_loss(
-            logp,
-            batch.behaviour,
-            batch.advantages,
-            correction=objective.correction,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            cap=objective.correction_cap,
+        tokens = TokenInputs(
+            logp, batch.behaviour, batch.advantages, batch.lags, batch.sample_of, entropies, stays=batch.stays
         )
-        per_token = terms.loss - objective.entropy_coef * entropies if objective.entropy_coef > 0 else terms.loss
-        loss = (per_token * batch.weights).sum()
+        terms = policy_loss(tokens, objective)
+        loss = (terms.loss * batch.weights).sum()
         if not math.isfinite(float(loss.detach())):
-            return PassResult(TokenSums(), _bad_samples(batch, per_token))
+            return PassResult(TokenSums(), _bad_samples(batch, terms.loss))
         loss.backward()  # type: ignore[no-untyped-call]
         sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
         sums.normaliser = batch.normaliser

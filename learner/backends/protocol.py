@@ -10,18 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from learner.batching import MicroBatch
+from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """The loss of a token, resolved from the configuration."""
-
-    correction: str
-    clip_low: float
-    clip_high: float
-    correction_cap: float
-    entropy_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +30,12 @@ class TrainingBackend(Protocol):
     updates: int
     """Optimizer updates so far."""
 
-    def forward_backward(self, batch: MicroBatch, objective: ObjectiveSettings) -> PassResult:
+    def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         """Adds the batch's gradient of the *summed* loss."""
+        ...
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Log-probabilities of the batch's targets under the present weights, float32 [n], without gradient."""
         ...
 
     def step(self, normaliser: float) -> float | None:

@@ -3,6 +3,8 @@
 - ``grpo``: ``(r - mean) / std`` with the population's deviation (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
 - ``dr_grpo``: ``r - mean`` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3.2).
 - ``rloo``: ``r`` minus the mean of the *other* episodes (Ahmadian et al. 2024, "Back to Basics", section 3.2).
+- ``reinforce_pp``: ``r``, and ``reinforce_pp_baseline``: ``r - mean``; both are then normalised over all tokens of the step
+  (`normalised_over_step`; Hu et al. 2025, "REINFORCE++").
 
 Statistics are taken over the episodes that a group really has, one reward each: groups may be uneven, and an episode
 that yielded several trajectories counts once.
@@ -26,13 +28,15 @@ def episode_advantages(rewards: FloatArray, kind: str) -> FloatArray:
 
     Raises ValueError for an unknown kind.
     """
-    if kind not in ("grpo", "dr_grpo", "rloo"):
-        raise ValueError(f"unknown advantage {kind!r}: use grpo, dr_grpo or rloo")
+    if kind not in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"):
+        raise ValueError(f"unknown advantage {kind!r}: use grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline")
     count = len(rewards)
+    if kind == "reinforce_pp":
+        return rewards.astype(np.float64)
     if count < 2 or rewards.max() == rewards.min():
         return np.zeros(count)
     centred: FloatArray = rewards - rewards.mean()
-    if kind == "dr_grpo":
+    if kind in ("dr_grpo", "reinforce_pp_baseline"):
         return centred
     scale = count / (count - 1) if kind == "rloo" else 1.0 / (float(rewards.std()) + EPSILON)
     scaled: FloatArray = centred * scale
@@ -57,4 +61,22 @@ def trajectory_advantages(
         per_episode = np.array([sum(rewards[i] for i in indices) / len(indices) for indices in episodes.values()])
         for advantage, indices in zip(episode_advantages(per_episode, kind), episodes.values(), strict=True):
             result[indices] = advantage
+    return result
+
+
+STEP_NORMALISED = ("reinforce_pp", "reinforce_pp_baseline")
+"""Kinds whose advantages are known only when the whole step is there."""
+
+
+def normalised_over_step(advantages: FloatArray, tokens: npt.NDArray[np.int64]) -> FloatArray:
+    """``(A - mean) / std`` over the tokens of a step: trajectory i has ``tokens[i]`` of them, all with ``advantages[i]``.
+
+    All zero where all are equal. Hu et al. 2025, "REINFORCE++", global advantage normalisation.
+    """
+    total = tokens.sum()
+    if not total or advantages.max() == advantages.min():
+        return np.zeros(len(advantages))
+    mean = float((advantages * tokens).sum() / total)
+    deviation = float(np.sqrt((np.square(advantages - mean) * tokens).sum() / total))
+    result: FloatArray = (advantages - mean) / (deviation + EPSILON)
     return result

@@ -1,11 +1,12 @@
-"""Surrogate and off-policy correction, per token.
+"""The loss of each token, composed of ratio, surrogate and correction.
 
-Three policies: *behaviour* mu (sampled the token), *proximal* pi_prox (the policy before the step), *current* pi. All
-arguments are log-probabilities of the sampled tokens under the distribution that was sampled from, float32 [n].
+Three policies: *behaviour* mu (sampled the token), *proximal* pi_prox (what the surrogate's ratio is taken against), and
+*current* pi. All arguments are log-probabilities of the sampled tokens under the distribution that was sampled from,
+float32 [n].
 
-With one update per step the proximal policy *is* the policy at the start of the step, so its log-probabilities are
-those of the current forward pass, detached: exact, and no pass of its own. Then ``r = 1`` in value and only its gradient
-counts; what is bounded is the correction's weight, by its cap.
+With one update in a step the policy before the update *is* the current one, so its log-probabilities are those of the
+forward pass at hand, detached: exact, and no pass of its own. Then the ratio is 1 in value, only its gradient counts, and
+what bounds the step is the correction's weight.
 """
 
 from __future__ import annotations
@@ -14,6 +15,31 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from learner.objectives.config import ObjectiveConfig
+from learner.objectives.corrections import double_sided, masked, second_moment_mask, truncated
+from learner.objectives.ratios import interpolated_proximal, log_ratios, sequence_means
+from learner.objectives.regularisers import kl_penalty, positive_lm_loss
+from learner.objectives.surrogates import clipped, clipped_weight, plain
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What is known of n trained tokens; each field [n]."""
+
+    logp: Tensor
+    """Current policy, with gradient."""
+    behaviour: Tensor
+    advantages: Tensor
+    lags: Tensor
+    """int64: updates between the policy that sampled the token and the current one."""
+    sample_of: Tensor
+    """int64: which tokens belong to one trajectory."""
+    entropies: Tensor
+    reference: Tensor | None = None
+    """The reference policy, where the objective has a distance to one."""
+    stays: Tensor | None = None
+    """bool: tokens that the second-moment mask of the whole step leaves in; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -24,60 +50,73 @@ class TokenTerms:
     weight: Tensor
     """The importance weight of the correction; ones without one."""
     clipped: Tensor
-    """bool: the surrogate's clip removes this token's gradient."""
+    """bool: the surrogate's bound or a mask takes this token's gradient away, or bounds it."""
 
 
-def clipped_surrogate(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """``min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(log_ratio)``, and where the clip binds.
+def policy_loss(tokens: TokenInputs, config: ObjectiveConfig) -> TokenTerms:
+    """The loss of each token, to be summed.
 
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; separate bounds: Yu et al. 2025, "DAPO".
+    - ``correction=none``: ``-surrogate(pi / mu)``.
+    - otherwise ``-w(pi_prox / mu) surrogate(pi / pi_prox)``: the decoupled objective (Hilton et al. 2021, "Batch size-invariance
+      for policy optimization"; for language models Fu et al. 2025, "AReaL", section 5.2) with the weight's tails cut as
+      ``correction`` says.
     """
-    ratio = log_ratio.exp()
-    plain = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    return torch.minimum(plain, clipped), (clipped < plain).detach()
+    anchor, weight = tokens.behaviour, torch.ones_like(tokens.advantages)
+    if config.correction != "none":
+        anchor = proximal_logp(tokens, config.proximal_policy)
+        weight = correction_weight(anchor, tokens, config)
+    log_ratio = log_ratios(tokens.logp, anchor, tokens.sample_of, config.ratio)
+    objective, bound = _surrogate(log_ratio, tokens, config)
+    loss = -weight * objective
+    if tokens.stays is not None:
+        loss, bound = torch.where(tokens.stays, loss, 0.0), bound | ~tokens.stays
+    return TokenTerms(loss + regularisers(tokens, config), weight, bound | (weight == 0))
 
 
-def truncated_weight(logp_target: Tensor, logp_behaviour: Tensor, cap: float) -> Tensor:
-    """``min(pi_target / mu, cap)``, without gradient.
+def proximal_logp(tokens: TokenInputs, proximal: str) -> Tensor:
+    """Log-probabilities of the proximal policy, without gradient."""
+    if proximal == "interpolated":
+        return interpolated_proximal(tokens.logp, tokens.behaviour, tokens.lags)
+    return tokens.logp.detach()
 
-    Espeholt et al. 2018, "IMPALA", section 4.1.
-    """
-    return (logp_target - logp_behaviour).detach().exp().clamp(max=cap)
+
+def correction_weight(proximal: Tensor, tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
+    """``w(pi_prox / mu)``, [n], without gradient; at ``sequence`` level the geometric mean over the trajectory."""
+    log_weight = (proximal - tokens.behaviour).detach()
+    if config.correction_level == "sequence":
+        log_weight = sequence_means(log_weight, tokens.sample_of)
+    if config.correction == "masked_is":
+        return masked(log_weight, config.correction_cap)
+    if config.correction == "double_sided":
+        return double_sided(log_weight, config.correction_low, config.correction_high)
+    return truncated(log_weight, config.correction_cap)
 
 
-def policy_loss(
-    logp: Tensor,
-    logp_behaviour: Tensor,
-    advantages: Tensor,
-    *,
-    correction: str,
-    clip_low: float,
-    clip_high: float,
-    cap: float,
-    logp_proximal: Tensor | None = None,
-) -> TokenTerms:
-    """The loss of each token, to be summed. ``logp_proximal`` None: the current policy before the step (see above).
+def regularisers(tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
+    """What is added to the loss of each token, [n]."""
+    added = torch.zeros_like(tokens.advantages)
+    if config.entropy_coef > 0:
+        added = added - config.entropy_coef * tokens.entropies
+    if config.kl_coef > 0:
+        assert tokens.reference is not None, "a distance to the reference policy needs its log-probabilities"
+        added = added + config.kl_coef * kl_penalty(tokens.logp, tokens.reference, config.kl_kind)
+    if config.positive_lm_coef > 0:
+        added = added + config.positive_lm_coef * positive_lm_loss(tokens.logp, tokens.advantages)
+    return added
 
-    - ``decoupled``: ``-min(pi_prox / mu, cap) * min(r A, clip(r) A)``, ``r = pi / pi_prox`` (Hilton et al. 2021, "Batch
-      size-invariance for policy optimization", there "decoupled"; for language models Fu et al. 2025, "AReaL", section 5.2).
-    - ``tis``: ``-min(pi_prox / mu, cap) * r A``, the truncated importance-sampled policy gradient, without a clip. Equal
-      to ``decoupled`` in its gradient as long as there is one update per step.
-    - ``none``: the plain clipped surrogate with ``r = pi / mu``.
 
-    Raises ValueError for an unknown correction.
-    """
-    proximal = logp.detach() if logp_proximal is None else logp_proximal
-    if correction == "none":
-        surrogate, clipped = clipped_surrogate(logp - logp_behaviour, advantages, clip_low, clip_high)
-        return TokenTerms(-surrogate, torch.ones_like(advantages), clipped)
-    weight = truncated_weight(proximal, logp_behaviour, cap)
-    if correction == "decoupled":
-        surrogate, clipped = clipped_surrogate(logp - proximal, advantages, clip_low, clip_high)
-        return TokenTerms(-weight * surrogate, weight, clipped)
-    if correction == "tis":
-        plain = (logp - proximal).exp() * advantages
-        return TokenTerms(-weight * plain, weight, torch.zeros_like(advantages, dtype=torch.bool))
-    raise ValueError(f"unknown correction {correction!r}: use none, tis or decoupled")
+def step_mask(logp: Tensor, behaviour: Tensor, advantages: Tensor, limit: float) -> Tensor:
+    """The second-moment mask over all tokens of a step; see `second_moment_mask`."""
+    return second_moment_mask(logp - behaviour, advantages, limit)
+
+
+def _surrogate(log_ratio: Tensor, tokens: TokenInputs, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    advantages = tokens.advantages
+    if config.surrogate == "clip":
+        assert config.clip_low is not None
+        assert config.clip_high is not None
+        return clipped(log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
+    if config.surrogate == "clipped_weight":
+        assert config.clip_high is not None
+        return clipped_weight(tokens.logp, log_ratio, advantages, config.clip_low, config.clip_high)
+    return plain(log_ratio, advantages)

@@ -11,12 +11,12 @@ from learner_fixtures import make_groups, make_model_directory
 
 from learner.backends.fsdp import FsdpBackend
 from learner.backends.model import check_attention
-from learner.backends.protocol import ObjectiveSettings
 from learner.batching import MicroBatch, collate, make_samples, pack
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError, ModelError
+from learner.objectives.config import ObjectiveConfig
 
-OBJECTIVE = ObjectiveSettings("decoupled", 0.2, 0.28, 2.0)
+OBJECTIVE = ObjectiveConfig()
 
 
 def make_backend(directory: Path, dtype: str = "float32", **settings: Any) -> FsdpBackend:
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_summed_loss(model_directory: Path) -> None:
 def test_the_entropy_bonus_raises_entropy(model_directory: Path) -> None:
     backend = make_backend(model_directory, lr=1e-2, warm_up_steps=0)
     batch = one_batch()
-    only_entropy = ObjectiveSettings("decoupled", 0.2, 0.28, 2.0, entropy_coef=100.0)
+    only_entropy = ObjectiveConfig(entropy_coef=100.0)
     before = backend.forward_backward(batch, only_entropy).sums.entropy
     backend.step(1.0)
     assert backend.forward_backward(batch, only_entropy).sums.entropy > before

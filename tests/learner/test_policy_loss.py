@@ -5,81 +5,116 @@ from typing import Any
 import pytest
 import torch
 
-from learner.objectives.policy_loss import clipped_surrogate, policy_loss, truncated_weight
+from learner.objectives.config import ObjectiveConfig
+from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
-
-BOUNDS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "cap": 2.0}
 
 
 def logs(*ratios: float) -> torch.Tensor:
     return torch.tensor(ratios).log()
 
 
-def test_the_clip_binds_only_where_it_lowers_the_objective() -> None:
-    ratios, advantages = logs(1.5, 1.5, 0.5, 0.5, 1.1), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    surrogate, clipped = clipped_surrogate(ratios, advantages, 0.2, 0.28)
-    torch.testing.assert_close(surrogate, torch.tensor([1.28, -1.5, 0.5, -0.8, 2.2]))
-    assert clipped.tolist() == [True, False, False, True, False]
+def tokens(logp: torch.Tensor, behaviour: torch.Tensor, advantages: list[float], **fields: Any) -> TokenInputs:
+    """Tokens of one trajectory, of lag 0, unless told otherwise."""
+    zeros = torch.zeros(len(logp), dtype=torch.int64)
+    given = {"lags": zeros, "sample_of": zeros, "entropies": torch.zeros(len(logp)), **fields}
+    return TokenInputs(logp, behaviour, torch.tensor(advantages), **given)
 
 
-def test_a_clipped_token_has_no_gradient() -> None:
-    log_ratio = logs(1.5, 1.1).requires_grad_()
-    clipped_surrogate(log_ratio, torch.tensor([1.0, 1.0]), 0.2, 0.28)[0].sum().backward()
-    assert log_ratio.grad is not None
-    torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, 1.1]))
-
-
-def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
-    proximal = logs(0.5, 0.9, 0.9).requires_grad_()
-    weight = truncated_weight(proximal, logs(1.0, 0.9, 0.1), cap=2.0)
-    torch.testing.assert_close(weight, torch.tensor([0.5, 1.0, 2.0]))
-    assert not weight.requires_grad
-
-
-def test_decoupled_loss_in_closed_form_with_a_separate_proximal_policy() -> None:
-    behaviour, proximal = logs(0.2, 0.4), logs(0.3, 0.1)
-    current = logs(0.6, 0.11).requires_grad_()
-    advantages = torch.tensor([1.0, -2.0])
-    terms = policy_loss(current, behaviour, advantages, correction="decoupled", logp_proximal=proximal, **BOUNDS)
-    torch.testing.assert_close(terms.weight, torch.tensor([1.5, 0.25]))
-    torch.testing.assert_close(terms.loss.detach(), torch.tensor([-1.5 * 1.28, 0.25 * 1.1 * 2.0]))
-    assert terms.clipped.tolist() == [True, False]
-
-
-def test_with_one_update_the_proximal_policy_is_the_current_one_detached() -> None:
-    behaviour, advantages = logs(0.2, 0.4, 0.05), torch.tensor([1.0, -2.0, 1.0])
-    current = logs(0.3, 0.1, 0.5).requires_grad_()
-    terms = policy_loss(current, behaviour, advantages, correction="decoupled", **BOUNDS)
-    terms.loss.sum().backward()
-    weight = torch.tensor([1.5, 0.25, 2.0])
-    torch.testing.assert_close(terms.loss.detach(), -weight * advantages)
+def gradient_of(logp: torch.Tensor, behaviour: torch.Tensor, advantages: list[float], **settings: Any) -> torch.Tensor:
+    current = logp.clone().requires_grad_()
+    policy_loss(tokens(current, behaviour, advantages), ObjectiveConfig(**settings)).loss.sum().backward()
     assert current.grad is not None
-    torch.testing.assert_close(current.grad, -weight * advantages)
-    assert not terms.clipped.any()
+    return current.grad
 
 
-def test_tis_and_decoupled_have_one_gradient_while_there_is_one_update() -> None:
-    behaviour, advantages = logs(0.2, 0.4), torch.tensor([1.0, -2.0])
-    gradients = []
-    for correction in ("tis", "decoupled"):
-        current = logs(0.3, 0.1).requires_grad_()
-        policy_loss(current, behaviour, advantages, correction=correction, **BOUNDS).loss.sum().backward()
-        gradients.append(current.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
+def test_the_default_is_the_truncated_importance_weighted_gradient() -> None:
+    current, behaviour, advantages = logs(0.3, 0.1, 0.5), logs(0.2, 0.4, 0.05), [1.0, -2.0, 1.0]
+    terms = policy_loss(tokens(current, behaviour, advantages), ObjectiveConfig())
+    weight = torch.tensor([1.5, 0.25, 2.0])
+    torch.testing.assert_close(terms.weight, weight)
+    torch.testing.assert_close(terms.loss, -weight * torch.tensor(advantages))
+    torch.testing.assert_close(gradient_of(current, behaviour, advantages), -weight * torch.tensor(advantages))
+
+
+def test_the_decoupled_loss_in_closed_form() -> None:
+    """Lag 2: the proximal policy lies half-way in log-probability, so weight and ratio are the same square root."""
+    behaviour, current = logs(0.1, 0.4), logs(0.4, 0.1).requires_grad_()
+    config = ObjectiveConfig(correction="decoupled", surrogate="clip", clip_low=0.2, clip_high=0.28, correction_cap=5.0)
+    terms = policy_loss(tokens(current, behaviour, [1.0, 1.0], lags=torch.tensor([2, 2])), config)
+    torch.testing.assert_close(terms.weight, torch.tensor([2.0, 0.5]))
+    torch.testing.assert_close(terms.loss.detach(), torch.tensor([-2.0 * 1.28, -0.5 * 0.5]))
+    assert terms.clipped.tolist() == [True, False]
+    terms.loss.sum().backward()
+    assert current.grad is not None
+    torch.testing.assert_close(current.grad, torch.tensor([0.0, -0.25]))
 
 
 def test_without_correction_the_ratio_is_to_the_behaviour_policy() -> None:
-    current = logs(0.3, 0.5).requires_grad_()
-    terms = policy_loss(current, logs(0.1, 0.5), torch.tensor([1.0, 1.0]), correction="none", **BOUNDS)
-    torch.testing.assert_close(terms.loss.detach(), torch.tensor([-1.28, -1.0]))
+    config = ObjectiveConfig(correction="none", surrogate="clip", clip_low=0.2, clip_high=0.28)
+    terms = policy_loss(tokens(logs(0.2, 0.5), logs(0.1, 0.5), [1.0, 1.0]), config)
+    torch.testing.assert_close(terms.loss, torch.tensor([-1.28, -1.0]))
     assert terms.weight.tolist() == [1.0, 1.0]
     assert terms.clipped.tolist() == [True, False]
 
 
-def test_an_unknown_correction_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown correction 'both'"):
-        policy_loss(logs(0.5), logs(0.5), torch.ones(1), correction="both", **BOUNDS)
+def test_gspo_clips_whole_trajectories() -> None:
+    """Ratios 2 and 1/8 have the geometric mean 1/2 over two tokens: below the bound, so a negative advantage is clipped."""
+    config = ObjectiveConfig(correction="none", ratio="sequence", surrogate="clip", clip_low=0.2, clip_high=0.28)
+    logp, behaviour = logs(0.4, 0.05, 0.3), logs(0.2, 0.4, 0.3)
+    terms = policy_loss(tokens(logp, behaviour, [-1.0, -1.0, -1.0], sample_of=torch.tensor([0, 0, 1])), config)
+    torch.testing.assert_close(terms.loss, torch.tensor([0.8, 0.8, 1.0]))
+    assert terms.clipped.tolist() == [True, True, False]
+
+
+def test_cispo_keeps_a_gradient_where_ppo_has_none() -> None:
+    logp, behaviour, advantages = logs(0.8, 0.1), logs(0.1, 0.1), [1.0, 1.0]
+    bounds: dict[str, Any] = {"correction": "none", "clip_high": 3.0}
+    torch.testing.assert_close(
+        gradient_of(logp, behaviour, advantages, surrogate="clipped_weight", **bounds), torch.tensor([-4.0, -1.0])
+    )
+    clip = gradient_of(logp, behaviour, advantages, surrogate="clip", clip_low=0.2, **bounds)
+    torch.testing.assert_close(clip, torch.tensor([0.0, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        ({"correction": "masked_is", "correction_cap": 2.0}, [0.0, 0.5, 2.0]),
+        ({"correction": "masked_is", "correction_cap": 2.0, "correction_level": "sequence"}, [4 ** (1 / 3)] * 3),
+        ({"correction": "double_sided", "correction_low": 0.4, "correction_high": 1.0}, [0.0, 0.0, 2.0]),
+        ({"correction": "tis", "correction_cap": 3.0}, [3.0, 0.5, 2.0]),
+    ],
+)
+def test_the_weights_of_the_corrections(settings: dict[str, Any], weights: list[float]) -> None:
+    logp, behaviour = logs(0.4, 0.1, 0.2), logs(0.1, 0.2, 0.1)
+    terms = policy_loss(tokens(logp, behaviour, [1.0, 1.0, 1.0]), ObjectiveConfig(**settings))
+    torch.testing.assert_close(terms.weight, torch.tensor(weights))
+    torch.testing.assert_close(terms.loss, -torch.tensor(weights))
+    assert terms.clipped.tolist() == [weight == 0.0 for weight in weights]
+
+
+def test_masked_tokens_have_neither_loss_nor_gradient() -> None:
+    current = logs(0.2, 0.3).requires_grad_()
+    inputs = tokens(current, logs(0.1, 0.3), [1.0, 1.0], stays=torch.tensor([False, True]))
+    config = ObjectiveConfig(correction="none", second_moment_limit=0.04)
+    terms = policy_loss(inputs, config)
+    terms.loss.sum().backward()
+    assert terms.loss.tolist() == [0.0, -1.0]
+    assert terms.clipped.tolist() == [True, False]
+    assert current.grad is not None
+    torch.testing.assert_close(current.grad, torch.tensor([0.0, -1.0]))
+
+
+def test_regularisers_are_added_to_the_loss() -> None:
+    logp, reference = logs(0.5, 0.25), logs(0.25, 0.25)
+    inputs = tokens(logp, logp, [1.0, -1.0], reference=reference, entropies=torch.tensor([1.0, 2.0]))
+    config = ObjectiveConfig(kl_coef=0.5, kl_kind="k3", entropy_coef=0.1, positive_lm_coef=2.0)
+    k3 = torch.tensor([0.5 - 1.0 + float(torch.tensor(2.0).log()), 0.0])
+    imitation = torch.tensor([2.0 * float(torch.tensor(2.0).log()), 0.0])
+    expected = torch.tensor([-1.0, 1.0]) + 0.5 * k3 - torch.tensor([0.1, 0.2]) + imitation
+    torch.testing.assert_close(policy_loss(inputs, config).loss, expected)
 
 
 def test_token_logprobs_are_those_of_the_tempered_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +140,7 @@ def test_token_logprobs_are_those_of_the_tempered_distribution(monkeypatch: pyte
 
 def test_metrics_of_known_tokens() -> None:
     current, behaviour = logs(0.4, 0.1, 0.3), logs(0.2, 0.2, 0.3)
-    terms = policy_loss(current, behaviour, torch.tensor([1.0, 1.0, -1.0]), correction="decoupled", **BOUNDS)
+    terms = policy_loss(tokens(current, behaviour, [1.0, 1.0, -1.0]), ObjectiveConfig())
     sums = sum_tokens(terms, current, behaviour, torch.tensor([1.0, 2.0, 3.0]), torch.ones(3), torch.tensor([0, 2, 1]))
     sums.normaliser = 3.0
     metrics = sums.metrics()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from learner_fixtures import make_group, make_groups
 
 from experience.records import Group
 from learner.backends.fsdp import FsdpBackend
-from learner.backends.protocol import ObjectiveSettings
 from learner.config import LearnerConfig
+from learner.objectives.advantages import normalised_over_step
+from learner.objectives.config import ObjectiveConfig
 from learner.streaming import StepResult, StepSettings, StreamingStep
 
-SETTINGS = StepSettings(objective=ObjectiveSettings("decoupled", 0.2, 0.28, 2.0), max_lag=4)
+SETTINGS = StepSettings(objective=ObjectiveConfig(), max_lag=4)
+OBJECTIVE_FIELDS = {field.name for field in fields(ObjectiveConfig)}
 
 
 class RecordingBackend(FsdpBackend):
@@ -34,7 +36,8 @@ def run_step(
     directory: Path, arrivals: list[list[Group]], flush: bool = False, version: int = 0, **settings: Any
 ) -> tuple[StepResult, RecordingBackend]:
     backend = RecordingBackend(directory, LearnerConfig(device="cpu", warm_up_steps=0))
-    step = StreamingStep(backend, replace(SETTINGS, **settings), version)
+    objective = ObjectiveConfig(**{key: settings.pop(key) for key in OBJECTIVE_FIELDS & settings.keys()})
+    step = StreamingStep(backend, replace(SETTINGS, objective=objective, **settings), version)
     for groups in arrivals:
         step.add(groups)
         if flush:
@@ -140,3 +143,43 @@ def test_a_bad_trajectory_skips_the_step(model_directory: Path) -> None:
     assert backend.updates == 0
     assert result.metrics["tokens/trained"] == 0
     assert result.metrics["tokens/masked"] == sum(group.sampled_tokens for group in groups)
+
+
+@pytest.mark.parametrize(
+    "objective", [{"advantage": "reinforce_pp"}, {"second_moment_limit": 0.5, "correction": "none"}]
+)
+def test_what_depends_on_the_whole_step_waits_for_it(model_directory: Path, objective: dict[str, Any]) -> None:
+    groups = make_groups(6)
+    whole, reference = run_step(model_directory, [groups], **objective)
+    parts, backend = run_step(
+        model_directory, [[groups[i]] for i in (3, 0, 5, 1, 4, 2)], True, pass_tokens=100, **objective
+    )
+    assert parts.metrics["passes"] > whole.metrics["passes"]
+    assert_same_gradient(backend, reference)
+
+
+def test_the_second_moment_mask_takes_tokens_out(model_directory: Path) -> None:
+    groups = make_groups(6)
+    loose, _ = run_step(model_directory, [groups], second_moment_limit=1e6, correction="none")
+    tight, _ = run_step(model_directory, [groups], second_moment_limit=0.5, correction="none")
+    assert loose.metrics["ratio/clip_fraction"] == 0.0
+    assert 0.1 < tight.metrics["ratio/clip_fraction"] < 0.9
+
+
+def test_advantages_over_the_step_have_mean_zero_and_deviation_one_over_its_tokens() -> None:
+    advantages, counts = np.array([1.0, 0.0, 0.5]), np.array([10, 30, 20])
+    normalised = normalised_over_step(advantages, counts)
+    tokens = np.repeat(normalised, counts)
+    assert tokens.mean() == pytest.approx(0.0, abs=1e-12)
+    assert tokens.std() == pytest.approx(1.0, rel=1e-4)
+    assert not normalised_over_step(np.array([0.3, 0.3]), np.array([1, 2])).any()
+
+
+def test_a_constant_length_divides_by_trajectories_and_that_length(model_directory: Path) -> None:
+    groups = make_groups(4)
+    _, token = run_step(model_directory, [groups], aggregation="token")
+    _, constant = run_step(model_directory, [groups], aggregation="constant", constant_length=50)
+    trained = [t for g in groups if len({t.reward for t in g.trajectories}) > 1 for t in g.trajectories]
+    scale = sum(t.sampled_tokens for t in trained) / (50 * len(trained))
+    for name, gradient in constant.gradient.items():
+        torch.testing.assert_close(gradient, token.gradient[name] * scale, rtol=1e-4, atol=1e-7, msg=name)

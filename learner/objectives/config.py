@@ -1,0 +1,146 @@
+"""Settings of the objective (part of the ``learner`` section), and which of their combinations have no effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae")
+RATIOS = ("token", "sequence", "sequence_token")
+SURROGATES = ("clip", "plain", "clipped_weight")
+CORRECTIONS = ("none", "tis", "masked_is", "double_sided", "decoupled")
+PROXIMALS = ("current", "recomputed", "interpolated")
+LEVELS = ("token", "sequence")
+AGGREGATIONS = ("token", "sequence", "constant")
+KL_KINDS = ("k1", "k2", "k3")
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss of a token: advantage x ratio x surrogate x correction, aggregated, plus regularisers.
+
+    ``objective`` names a preset (`learner.objectives.presets`), whose values stand wherever nothing else is set.
+    """
+
+    objective: str = "grpo"
+    advantage: str = "grpo"
+    ratio: str = "token"
+    """One ratio for each token, or one for the whole trajectory (``sequence``, ``sequence_token``)."""
+    surrogate: str = "plain"
+    """``clip`` (PPO), ``plain`` (importance-weighted policy gradient) or ``clipped_weight`` (CISPO, AIPO)."""
+    clip_low: float | None = None
+    clip_high: float | None = None
+    """The ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; null: no bound on that side."""
+    dual_clip: float | None = None
+    """Where the advantage is negative the ratio counts at most so much; null: no bound."""
+    correction: str = "tis"
+    """Weights of tokens that another policy sampled: ``pi_proximal / mu``, truncated (``tis``; ``decoupled`` when the proximal
+    policy is not the current one), masked above the cap (``masked_is``) or outside a band (``double_sided``); ``none``: the
+    surrogate's ratio is to the behaviour policy."""
+    correction_level: str = "token"
+    correction_cap: float = 2.0
+    """Largest weight (``decoupled``, ``tis``, ``masked_is``)."""
+    correction_low: float = 0.5
+    correction_high: float = 1.0
+    """``double_sided`` keeps weights in ``[1 - correction_low, 1 + correction_high]``."""
+    proximal: str | None = None
+    """Which policy the surrogate's ratio is taken against when there is a correction: the ``current`` one (before its
+    update), the one at the beginning of the step (``recomputed``), or an estimate between behaviour and current policy
+    (``interpolated``); null: ``interpolated`` for ``decoupled``, else ``current``."""
+    second_moment_limit: float | None = None
+    """Tokens are taken out, the furthest first, until the mean squared log-ratio is at most this (M2PO); null: none."""
+    aggregation: str = "token"
+    """Every trained token counts the same, every trajectory does, or the sum is divided by a ``constant`` length."""
+    constant_length: int | None = None
+    """Tokens that a trajectory counts as under ``aggregation=constant``; null: ``rollout.max_episode_tokens``."""
+    kl_coef: float = 0.0
+    kl_kind: str = "k3"
+    """Estimate of the distance to the reference policy that is added to the loss."""
+    entropy_coef: float = 0.0
+    positive_lm_coef: float = 0.0
+    """Weight of imitating the trajectories of positive advantage."""
+
+    @property
+    def proximal_policy(self) -> str:
+        """`proximal` with its default resolved."""
+        return self.proximal or ("interpolated" if self.correction == "decoupled" else "current")
+
+    def validate_objective(self) -> None:
+        """Raises ValueError, naming the key and what would be right."""
+        self._check_choices()
+        self._check_bounds()
+        self._check_effects()
+
+    def _check_choices(self) -> None:
+        for key, choices in (
+            ("advantage", ADVANTAGES),
+            ("ratio", RATIOS),
+            ("surrogate", SURROGATES),
+            ("correction", CORRECTIONS),
+            ("correction_level", LEVELS),
+            ("proximal_policy", PROXIMALS),
+            ("aggregation", AGGREGATIONS),
+            ("kl_kind", KL_KINDS),
+        ):
+            require_choice(f"learner.{key.removesuffix('_policy')}", getattr(self, key), choices)
+
+    def _check_bounds(self) -> None:
+        if self.clip_low is not None and not 0 < self.clip_low <= 1:
+            raise ValueError(f"learner.clip_low={self.clip_low} must lie in (0, 1]")
+        if not 0 < self.correction_low <= 1:
+            raise ValueError(f"learner.correction_low={self.correction_low} must lie in (0, 1]")
+        for key in ("clip_high", "correction_cap", "correction_high", "second_moment_limit", "constant_length"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"learner.{key}={value} must be greater than 0")
+        for key in ("kl_coef", "entropy_coef", "positive_lm_coef"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"learner.{key}={getattr(self, key)} must not be negative")
+        if self.surrogate == "clip" and (self.clip_low is None or self.clip_high is None):
+            raise ValueError("learner.surrogate=clip needs learner.clip_low and learner.clip_high (0.2 and 0.28, say)")
+        if self.surrogate == "clipped_weight" and self.clip_high is None:
+            raise ValueError("learner.surrogate=clipped_weight needs learner.clip_high (4.0, say)")
+        if self.dual_clip is not None and self.dual_clip <= 1.0 + (self.clip_high or 0.0):
+            raise ValueError(f"learner.dual_clip={self.dual_clip} must be greater than 1 + learner.clip_high")
+
+    def _check_effects(self) -> None:
+        """Refuses what could never change a gradient: with one update in a step the policy before it *is* the current one."""
+        if self.correction == "decoupled" and self.proximal_policy == "current":
+            raise ValueError(
+                "learner.correction=decoupled with learner.proximal=current is learner.correction=tis: with one update in a step "
+                "the policy before it is the current one; use correction=tis, or proximal=interpolated"
+            )
+        if self.correction == "tis" and self.proximal_policy != "current":
+            raise ValueError(
+                f"learner.correction=tis with learner.proximal={self.proximal} is learner.correction=decoupled"
+            )
+        if self.correction != "none" and self.proximal_policy == "current" and self.surrogate != "plain":
+            raise ValueError(
+                f"learner.surrogate={self.surrogate} can have no effect with learner.correction={self.correction} and "
+                "learner.proximal=current: its ratio is to the policy before the update, which is 1 at the only update of a "
+                "step; use surrogate=plain, proximal=interpolated, or correction=none (the ratio is then to the behaviour "
+                "policy)"
+            )
+        if self.proximal_policy == "recomputed":
+            raise ValueError(
+                "learner.proximal=recomputed can have no effect: with one update in a step, the policy at its beginning is "
+                "the current one; use proximal=current, which needs no pass of its own, or interpolated"
+            )
+        if self.correction == "none" and self.proximal_policy != "current":
+            raise ValueError(f"learner.proximal={self.proximal} can have no effect with learner.correction=none")
+        if self.correction == "none" and self.correction_level == "sequence":
+            raise ValueError("learner.correction_level=sequence can have no effect with learner.correction=none")
+        if self.dual_clip is not None and self.surrogate != "clip":
+            raise ValueError(
+                f"learner.dual_clip can have no effect with learner.surrogate={self.surrogate}: set it to null"
+            )
+        if self.kl_coef > 0 and self.kl_kind == "k1":
+            raise ValueError(
+                "learner.kl_kind=k1 can have no effect in the loss: the mean of its gradient is zero; use k2 or k3"
+            )
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the key, for a value that is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is unknown: use one of {', '.join(choices)}")
