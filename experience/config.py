@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
+
+from experience.lag_controller import AdaptiveLagConfig
 
 
 class OnViolation(Enum):
@@ -18,7 +20,7 @@ class OnViolation(Enum):
     """The learner waits for the group that would otherwise become too old."""
 
 
-class LagController(Enum):
+class LagControl(Enum):
     """Who sets ``target_lag`` during a run."""
 
     fixed = "fixed"
@@ -54,7 +56,9 @@ class StalenessConfig:
     max_lag: int = 4
     """No token with a larger lag carries loss."""
     on_violation: OnViolation = OnViolation.mask_tokens
-    controller: LagController = LagController.fixed
+    controller: LagControl = LagControl.fixed
+    """``adaptive`` moves ``target_lag`` between ``adaptive.min_lag`` and ``max_lag`` during the run."""
+    adaptive: AdaptiveLagConfig = field(default_factory=AdaptiveLagConfig)
 
     def validate(self) -> None:
         """Raises ``ValueError`` with what is wrong and what would be right."""
@@ -62,8 +66,12 @@ class StalenessConfig:
             raise ValueError(f"staleness.target_lag must be a number of versions >= 0, got {self.target_lag}")
         if self.max_lag < 0:
             raise ValueError(f"staleness.max_lag must be >= 0, got {self.max_lag}")
-        if self.controller is LagController.adaptive:
-            raise ValueError("staleness.controller=adaptive is not built yet; use staleness.controller=fixed")
+        if self.controller is LagControl.adaptive:
+            self.adaptive.validate(self.max_lag)
+            if self.max_lag == 0:
+                raise ValueError(
+                    "staleness.controller=adaptive needs staleness.max_lag >= 1: there is nothing to choose from"
+                )
         if self.on_violation is OnViolation.wait and self.target_lag > self.max_lag:
             raise ValueError(
                 f"staleness.on_violation=wait needs staleness.target_lag <= staleness.max_lag, got {self.target_lag} > "

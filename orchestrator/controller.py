@@ -30,7 +30,6 @@ from experience.accounting import Cause
 from experience.books import clock, open_books
 from experience.entries import EventKind, InFlight, QueueEvent
 from experience.records import GroupHeader
-from experience.staleness import make_policy
 from experience.transport.lane import LaneLostError, LaneServer, OverLane
 from experience.wire import decode, encode
 from orchestrator.accounting.accountant import accountant_of
@@ -41,6 +40,7 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
 from orchestrator.failures import FailureMonitor
 from orchestrator.fleet_log import FleetLog
+from orchestrator.pacer import Pacer
 from orchestrator.processes import Processes, worker_name
 from orchestrator.progress import Progress
 from orchestrator.pulses import Pulses
@@ -74,9 +74,9 @@ class Controller:
         self._fatal: asyncio.Future[None] | None = None
         self.progress = Progress(config, self._run, plan.version, plan.started_at)
         self._supervisor = Supervisor(self.progress.event, self._fail, config.run.startup_timeout_s)
-        policy = make_policy(config.staleness, config.rollout.groups_per_update)
+        self._pacer = Pacer(config.staleness, config.rollout.groups_per_update)
         self._dispatcher = Dispatcher(
-            policy,
+            self._pacer.policy,
             TaskSource.from_config(config.tasks, "train", config.seed).task,
             config.rollout.group_size,
             config.run.steps * config.rollout.groups_per_update,
@@ -402,6 +402,8 @@ class Controller:
         """A step is trained; ``metrics`` are the learner's."""
         ledger = await self._one("queue").ledger.remote()
         self._watchdog.trained()
+        metrics = metrics | self._pacer.trained(metrics)
+        self._dispatcher.pace(self._pacer.policy)
         metrics = metrics | {f"kv/{name}": value for name, value in self._pulses.kv().items()}
         self.progress.step(version, metrics, ledger, self._dispatcher, self._accountant)
 

@@ -61,6 +61,10 @@ class Dispatcher:
         self.slots_returned = 0
         self.version = 0
 
+    def pace(self, policy: StalenessPolicy) -> None:
+        """Another policy decides from now on; what was started stays."""
+        self._policy = policy
+
     @property
     def in_flight(self) -> int:
         """Groups that some worker is running, or that wait for a worker after theirs was lost."""

@@ -22,6 +22,8 @@ class TokenSums:
     """What the gradient is divided by: tokens or trajectories, depending on the aggregation."""
     loss: float = 0.0
     ratio: float = 0.0
+    ratio_squared: float = 0.0
+    log_ratio_squared: float = 0.0
     ratio_max: float = 0.0
     clipped: float = 0.0
     weight: float = 0.0
@@ -49,6 +51,8 @@ class TokenSums:
             "loss": self.loss / max(self.normaliser, 1.0),
             "ratio/mean": self.ratio / self.tokens,
             "ratio/max": self.ratio_max,
+            "staleness/ess": self.ratio**2 / (self.tokens * self.ratio_squared) if self.ratio_squared else 0.0,
+            "staleness/second_moment": self.log_ratio_squared / self.tokens,
             "ratio/clip_fraction": self.clipped / self.tokens,
             "correction/weight_mean": self.weight / self.tokens,
             "correction/ess": self.weight**2 / (self.tokens * self.weight_squared) if self.weight_squared else 0.0,
@@ -78,6 +82,8 @@ def sum_tokens(
         [
             (terms.loss.detach() * weights).sum(),
             ratio.sum(),
+            ratio.square().sum(),
+            log_ratio.square().sum(),
             ratio.max(),
             terms.clipped.sum().float(),
             terms.weight.sum(),

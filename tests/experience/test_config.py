@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from experience.config import LagController, OnViolation, QueueConfig, QueueOrder, StalenessConfig
+from experience.config import LagControl, OnViolation, QueueConfig, QueueOrder, StalenessConfig
 
 
 def test_defaults_are_valid() -> None:
@@ -28,7 +28,7 @@ def test_settings_read_from_yaml_become_typed() -> None:
         ({"target_lag": -0.5}, "staleness.target_lag.*-0.5"),
         ({"target_lag": float("nan")}, "staleness.target_lag"),
         ({"max_lag": -1}, "staleness.max_lag"),
-        ({"controller": LagController.adaptive}, "not built yet; use staleness.controller=fixed"),
+        ({"controller": LagControl.adaptive, "max_lag": 0, "target_lag": 0.0}, "needs staleness.max_lag >= 1"),
         ({"on_violation": OnViolation.wait, "target_lag": 5.0}, "target_lag <= staleness.max_lag, got 5.0 > 4"),
     ],
 )

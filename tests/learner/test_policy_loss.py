@@ -148,6 +148,8 @@ def test_metrics_of_known_tokens() -> None:
         "loss": (-2.0 - 0.5 + 1.0) / 3,
         "ratio/mean": 3.5 / 3,
         "ratio/max": 2.0,
+        "staleness/ess": 3.5**2 / (3 * 5.25),
+        "staleness/second_moment": 2 * 0.6931472**2 / 3,
         "ratio/clip_fraction": 0.0,
         "correction/weight_mean": 3.5 / 3,
         "correction/ess": 3.5**2 / (3 * 5.25),
