@@ -24,7 +24,7 @@ def test_an_adaptive_target_moves_what_may_start() -> None:
     told = [pacer.trained(FAR)["staleness/target_lag"] for _ in range(3)]
     assert told == [2.0, 2.0, 1.0]
     assert room(pacer) == 16
-    for _ in range(60):
+    for _ in range(150):
         pacer.trained(CLOSE)
     assert room(pacer) == 40, "no further ahead than max_lag"
 
