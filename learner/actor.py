@@ -224,6 +224,7 @@ class LearnerActor:
             deterministic=settings.deterministic,
             keep_checkpoints=settings.keep_checkpoints,
             seed=settings.seed,
+            initial=settings.model_path,
         )
 
     def _load(self, checkpoint: str | None) -> int:

@@ -19,6 +19,8 @@ from learner.errors import CheckpointError
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+REFERENCE_FILE = "reference.safetensors"
+"""The reference policy, in checkpoints of runs that moved it."""
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
 _TEMPORARY = ".writing"

@@ -71,8 +71,6 @@ class LearnerConfig(ObjectiveConfig):
         require_choice("learner.device", self.device, DEVICES)
         if self.advantage == "gae":
             raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
-        if self.kl_coef != 0.0:
-            raise ValueError("learner.kl_coef is not built yet (it needs a reference model): leave it 0")
 
     def _validate_numbers(self) -> None:
         if self.ranks > 1:

@@ -20,6 +20,7 @@ from learner.backends.fsdp import FsdpBackend
 from learner.backends.protocol import TrainingBackend
 from learner.checkpoint import (
     OPTIMIZER_FILE,
+    REFERENCE_FILE,
     CheckpointState,
     begin_checkpoint,
     commit_checkpoint,
@@ -42,6 +43,7 @@ RNG_KEY = "rng/torch"
 class Learner:
     """Model, optimizer and the step under way. Call :meth:`load` or :meth:`restore` first.
 
+    ``initial`` is the model that the run began with (None: what `load` is given), the reference of a KL term.
     ``threads`` overrides ``config.threads``; both None leaves torch's setting alone.
     """
 
@@ -55,6 +57,7 @@ class Learner:
         deterministic: bool = False,
         keep_checkpoints: int = 2,
         seed: int = 0,
+        initial: Path | None = None,
     ) -> None:
         config.validate()
         model.validate()
@@ -67,6 +70,7 @@ class Learner:
         """What the caller saved with the checkpoint that was restored."""
         self._config, self._model_config = config, model
         self._max_lag, self._deterministic, self._keep = max_lag, deterministic, keep_checkpoints
+        self._initial = initial
         self._backend: TrainingBackend | None = None
         self._source: Path | None = None
         self._step: StreamingStep | None = None
@@ -79,7 +83,7 @@ class Learner:
 
     def load(self, path: str | Path) -> None:
         """Starts at version 0 from a Hugging Face directory. Raises ModelError."""
-        self._backend = FsdpBackend(path, self._config, self._model_config.dtype)
+        self._backend = FsdpBackend(path, self._config, self._model_config.dtype, self._initial)
         self._source = Path(path)
         self.version = 0
 
@@ -96,6 +100,8 @@ class Learner:
         if rng is not None:
             torch.set_rng_state(rng)
         self._loaded().load_optimizer_state(tensors, state.updates)
+        if (directory / REFERENCE_FILE).exists():
+            self._loaded().load_reference_state(load_file(directory / REFERENCE_FILE))
         self.version, self.extra = state.version, state.extra
         return state
 
@@ -138,6 +144,9 @@ class Learner:
         try:
             self._write_model(temporary)
             save_file({**backend.optimizer_state(), RNG_KEY: torch.get_rng_state()}, temporary / OPTIMIZER_FILE)
+            reference = backend.reference_state()
+            if reference:
+                save_file(reference, temporary / REFERENCE_FILE)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot write a checkpoint to {directory}: {error}; free space there, then resume the run"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from learner.backends.frozen import FrozenModel
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
@@ -23,6 +24,7 @@ from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import TokenInputs, policy_loss
+from learner.objectives.regularisers import distillation_loss
 from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
 
@@ -32,9 +34,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FsdpBackend:
-    """Model and optimizer of one rank. Raises ModelError if the model cannot be trained."""
+    """Model and optimizer of one rank. Raises ModelError if the model cannot be trained.
 
-    def __init__(self, path: str | Path, config: LearnerConfig, dtype: str = "float32") -> None:
+    ``initial`` is the model that the run began with, which a KL term measures the distance to (None: ``path``).
+    """
+
+    def __init__(
+        self, path: str | Path, config: LearnerConfig, dtype: str = "float32", initial: str | Path | None = None
+    ) -> None:
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -50,6 +57,14 @@ class FsdpBackend:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        vocabulary = self._model.config.vocab_size
+        self._reference: FrozenModel | None = None
+        if config.kl_coef > 0:
+            place = config.reference or initial or path
+            self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
+        self._teacher: FrozenModel | None = None
+        if config.teacher is not None:
+            self._teacher = FrozenModel("learner.teacher", config.teacher, self.device, vocabulary)
         logger.info("training %s", self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -62,6 +77,11 @@ class FsdpBackend:
 
     def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of the batch's targets, float32 [n] each, with gradient."""
+        return token_logprobs(
+            self._logits(batch), batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
+        )
+
+    def _logits(self, batch: MicroBatch) -> torch.Tensor:
         with self._autocast():
             output = self._model(
                 input_ids=batch.inputs,
@@ -70,18 +90,28 @@ class FsdpBackend:
                 logits_to_keep=batch.positions,
                 ragged=batch.layout,
             )
-        return token_logprobs(
-            output.logits[0], batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
-        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         with torch.no_grad():
             return self.logprobs(batch)[0]
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
-        logp, entropies = self.logprobs(batch, entropy_gradient=objective.entropy_coef > 0)
+        logits = self._logits(batch)
+        logp, entropies = token_logprobs(
+            logits, batch.targets, batch.inverse_temperatures, entropy_gradient=objective.entropy_coef > 0
+        )
         tokens = TokenInputs(
-            logp, batch.behaviour, batch.advantages, batch.lags, batch.sample_of, entropies, stays=batch.stays
+            logp,
+            batch.behaviour,
+            batch.advantages,
+            batch.lags,
+            batch.sample_of,
+            entropies,
+            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            distillation=self._distillation(batch, logits, objective),
+            stays=batch.stays,
         )
         terms = policy_loss(tokens, objective)
         loss = (terms.loss * batch.weights).sum()
@@ -91,6 +121,12 @@ class FsdpBackend:
         sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
         sums.normaliser = batch.normaliser
         return PassResult(sums)
+
+    def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
+        if self._teacher is None:
+            return None
+        inverse = batch.inverse_temperatures[:, None]
+        return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
 
     def step(self, normaliser: float) -> float | None:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -109,7 +145,25 @@ class FsdpBackend:
         self._optimizer.step()
         self.updates += 1
         self.discard_gradient()
+        self._move_reference()
         return norm
+
+    def _move_reference(self) -> None:
+        """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
+        every = self._config.reference_reset_every
+        if self._reference is not None and every and self.updates % every == 0:
+            self._reference.take(self._parameters.items())
+            logger.info("the reference policy is that of update %d", self.updates)
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        if self._reference is None or not self._reference.updates:
+            return {}
+        return self._reference.named_tensors()
+
+    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
+        if self._reference is None:
+            raise CheckpointError("the checkpoint has a reference policy, and learner.kl_coef=0 uses none")
+        self._reference.take(state.items())
 
     def learning_rate(self, update: int) -> float:
         """Of the update number ``update``, from 0: linear warm-up to ``lr`` over ``warm_up_steps``, then constant."""

@@ -49,6 +49,14 @@ class TrainingBackend(Protocol):
         """Zeroes the gradient without an update."""
         ...
 
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        """The reference policy's weights on the CPU, if they are no longer those of its directory; else nothing."""
+        ...
+
+    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse. Raises CheckpointError if the weights are another model's."""
+        ...
+
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         """The parameters to publish, by Hugging Face name, tied ones once, in the dtype that engines serve."""
         ...

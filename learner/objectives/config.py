@@ -56,6 +56,15 @@ class ObjectiveConfig:
     kl_coef: float = 0.0
     kl_kind: str = "k3"
     """Estimate of the distance to the reference policy that is added to the loss."""
+    reference: str | None = None
+    """Directory of the reference policy; null: the model that the run began with."""
+    reference_reset_every: int = 0
+    """The reference becomes the policy of the moment after every that many updates; 0: never."""
+    teacher: str | None = None
+    """Directory of a model (an earlier checkpoint, say) to distil from on the policy's own samples."""
+    distill_coef: float = 0.0
+    distill_top_k: int | None = None
+    """Compare only the policy's k most likely tokens with the teacher's; null: the whole vocabulary."""
     entropy_coef: float = 0.0
     positive_lm_coef: float = 0.0
     """Weight of imitating the trajectories of positive advantage."""
@@ -89,11 +98,18 @@ class ObjectiveConfig:
             raise ValueError(f"learner.clip_low={self.clip_low} must lie in (0, 1]")
         if not 0 < self.correction_low <= 1:
             raise ValueError(f"learner.correction_low={self.correction_low} must lie in (0, 1]")
-        for key in ("clip_high", "correction_cap", "correction_high", "second_moment_limit", "constant_length"):
+        for key in (
+            "clip_high",
+            "correction_cap",
+            "correction_high",
+            "second_moment_limit",
+            "constant_length",
+            "distill_top_k",
+        ):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ValueError(f"learner.{key}={value} must be greater than 0")
-        for key in ("kl_coef", "entropy_coef", "positive_lm_coef"):
+        for key in ("kl_coef", "entropy_coef", "positive_lm_coef", "distill_coef", "reference_reset_every"):
             if getattr(self, key) < 0:
                 raise ValueError(f"learner.{key}={getattr(self, key)} must not be negative")
         if self.surrogate == "clip" and (self.clip_low is None or self.clip_high is None):
@@ -134,6 +150,15 @@ class ObjectiveConfig:
             raise ValueError(
                 f"learner.dual_clip can have no effect with learner.surrogate={self.surrogate}: set it to null"
             )
+        if self.distill_coef > 0 and self.teacher is None:
+            raise ValueError("learner.distill_coef needs a learner.teacher to distil from")
+        if self.teacher is not None and self.distill_coef == 0:
+            raise ValueError("learner.teacher can have no effect with learner.distill_coef=0")
+        if self.distill_top_k is not None and self.teacher is None:
+            raise ValueError("learner.distill_top_k can have no effect without a learner.teacher")
+        for key in ("reference", "reference_reset_every"):
+            if getattr(self, key) and self.kl_coef == 0:
+                raise ValueError(f"learner.{key} can have no effect with learner.kl_coef=0")
         if self.kl_coef > 0 and self.kl_kind == "k1":
             raise ValueError(
                 "learner.kl_kind=k1 can have no effect in the loss: the mean of its gradient is zero; use k2 or k3"

@@ -38,6 +38,8 @@ class TokenInputs:
     entropies: Tensor
     reference: Tensor | None = None
     """The reference policy, where the objective has a distance to one."""
+    distillation: Tensor | None = None
+    """Distance of the policy to its teacher at each token, with gradient, where there is a teacher."""
     stays: Tensor | None = None
     """bool: tokens that the second-moment mask of the whole step leaves in; None where there is none."""
 
@@ -100,6 +102,8 @@ def regularisers(tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
     if config.kl_coef > 0:
         assert tokens.reference is not None, "a distance to the reference policy needs its log-probabilities"
         added = added + config.kl_coef * kl_penalty(tokens.logp, tokens.reference, config.kl_kind)
+    if tokens.distillation is not None:
+        added = added + config.distill_coef * tokens.distillation
     if config.positive_lm_coef > 0:
         added = added + config.positive_lm_coef * positive_lm_loss(tokens.logp, tokens.advantages)
     return added

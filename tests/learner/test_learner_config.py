@@ -18,7 +18,7 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
     [
         ("backend", "megatron", "learner.backend=megatron is not built yet: use fsdp"),
         ("ranks", 2, "learner.ranks=2 is not built yet"),
-        ("kl_coef", 0.1, "learner.kl_coef is not built yet"),
+        ("kl_coef", -0.1, "learner.kl_coef=-0.1 must not be negative"),
         ("advantage", "gea", "learner.advantage='gea' is unknown: use one of grpo, dr_grpo, rloo"),
         ("advantage", "gae", "learner.advantage=gae is not built yet"),
         ("correction", "full", "learner.correction='full'"),
