@@ -60,6 +60,8 @@ class LearnerSettings:
     keep_checkpoints: int
     deterministic: bool
     seed: int
+    ranks: tuple[Any, ...] = ()
+    """Actors of the ranks that train together; none: the learner's own process trains."""
     time_shared: bool = False
     """`mode: sync` (a synthetic learner trains on the engines' modelled accelerators)."""
 
@@ -214,8 +216,12 @@ class LearnerActor:
             lane = TrainingLane(self._account, learner.training.take_spans)
             process_books().adopt(lane, self._account.began_at)
             return learner
+        from learner.backends.rank_group import RankGroup
         from learner.learner import Learner
 
+        group = None
+        if settings.ranks:
+            group = RankGroup(settings.ranks, settings.learner, settings.learner.rank_timeout_s)
         return Learner(
             settings.learner,
             settings.model,
@@ -225,6 +231,7 @@ class LearnerActor:
             keep_checkpoints=settings.keep_checkpoints,
             seed=settings.seed,
             initial=settings.model_path,
+            group=group,
         )
 
     def _load(self, checkpoint: str | None) -> int:

@@ -6,6 +6,7 @@ each into the first micro-batch that has room (first-fit decreasing), and lie en
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -115,6 +116,11 @@ def _make_sample(trajectory: Trajectory, advantage: float, version: int, max_lag
     )
 
 
+def tokens_of(samples: Sequence[Sample]) -> int:
+    """Input tokens of some samples."""
+    return sum(map(len, samples))
+
+
 def pack(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
     """Micro-batches of at most ``token_budget`` input tokens (or one longer sample alone), each longest first."""
     bins: list[list[Sample]] = []
@@ -126,6 +132,21 @@ def pack(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
             room.append(token_budget)
         bins[index].append(sample)
         room[index] -= len(sample)
+    return bins
+
+
+def balance(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """``count`` bins with as even a number of input tokens as can be had, each longest first; some may be empty.
+
+    The longest sample that is left goes to the emptiest bin (Graham 1969, longest processing time first): the fullest bin
+    has at most 4/3 - 1/(3 count) times what the best division would give it.
+    """
+    bins: list[list[Sample]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    for sample in sorted(samples, key=len, reverse=True):
+        load, index = heapq.heappop(loads)
+        bins[index].append(sample)
+        heapq.heappush(loads, (load + len(sample), index))
     return bins
 
 

@@ -51,6 +51,10 @@ class LearnerConfig(ObjectiveConfig):
     """Torch threads of the learner's process; null leaves the choice to the process."""
     device: str = "auto"
     gradient_checkpointing: bool = False
+    cpu_offload: bool = False
+    """Keep sharded weights and optimizer state in host memory (``fsdp`` on GPUs, more than one rank)."""
+    rank_timeout_s: float = 300.0
+    """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
     synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
@@ -73,8 +77,8 @@ class LearnerConfig(ObjectiveConfig):
             raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
 
     def _validate_numbers(self) -> None:
-        if self.ranks > 1:
-            raise ValueError(f"learner.ranks={self.ranks} is not built yet: use learner.ranks=1")
+        if self.rank_timeout_s <= 0:
+            raise ValueError(f"learner.rank_timeout_s={self.rank_timeout_s} must be greater than 0 (seconds)")
         for name in ("ranks", "token_budget", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"learner.{name}={getattr(self, name)} must be at least 1")

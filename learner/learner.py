@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from experience.wire import decode_group
-from learner.backends.fsdp import FsdpBackend
-from learner.backends.protocol import TrainingBackend
+from learner.backends.make import make_backend
+from learner.backends.ranks import LearnerRanks, OneRank
 from learner.checkpoint import (
     OPTIMIZER_FILE,
     REFERENCE_FILE,
@@ -32,6 +32,9 @@ from learner.config import LearnerConfig, ModelConfig
 from learner.errors import CheckpointError, LearnerError
 from learner.streaming import StepResult, StepSettings, StreamingStep
 
+if TYPE_CHECKING:
+    from learner.backends.rank_group import RankGroup
+
 logger = logging.getLogger(__name__)
 
 CPU_PASS_TOKENS = 2560
@@ -43,6 +46,7 @@ RNG_KEY = "rng/torch"
 class Learner:
     """Model, optimizer and the step under way. Call :meth:`load` or :meth:`restore` first.
 
+    ``group`` are the ranks that train together (None: one, in this process).
     ``initial`` is the model that the run began with (None: what `load` is given), the reference of a KL term.
     ``threads`` overrides ``config.threads``; both None leaves torch's setting alone.
     """
@@ -58,6 +62,7 @@ class Learner:
         keep_checkpoints: int = 2,
         seed: int = 0,
         initial: Path | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         config.validate()
         model.validate()
@@ -71,7 +76,8 @@ class Learner:
         self._config, self._model_config = config, model
         self._max_lag, self._deterministic, self._keep = max_lag, deterministic, keep_checkpoints
         self._initial = initial
-        self._backend: TrainingBackend | None = None
+        self._ranks: LearnerRanks | None = None
+        self._group = group
         self._source: Path | None = None
         self._step: StreamingStep | None = None
         self._bad_in_a_row = 0
@@ -79,11 +85,16 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors of `named_tensors` lie."""
         return self._loaded().device
 
     def load(self, path: str | Path) -> None:
         """Starts at version 0 from a Hugging Face directory. Raises ModelError."""
-        self._backend = FsdpBackend(path, self._config, self._model_config.dtype, self._initial)
+        if self._group is not None:
+            self._group.load(path, self._initial)
+            self._ranks = self._group
+        else:
+            self._ranks = OneRank(make_backend(path, self._config, self._model_config.dtype, self._initial))
         self._source = Path(path)
         self.version = 0
 
@@ -107,9 +118,9 @@ class Learner:
 
     def begin_step(self) -> None:
         """Starts step ``version``. An unfinished step is thrown away."""
-        backend = self._loaded()
-        backend.discard_gradient()
-        self._step = StreamingStep(backend, self._step_settings(backend), self.version)
+        ranks = self._loaded()
+        ranks.discard_gradient()
+        self._step = StreamingStep(ranks, self._step_settings(ranks), self.version)
 
     def add(self, groups: Sequence[bytes]) -> list[str]:
         """Takes encoded groups and trains on what fills a pass; returns their ids. Raises WireFormatError."""
@@ -181,21 +192,20 @@ class Learner:
                 f"{self.version} (group/trajectory: {where}): lower learner.lr, or look at these trajectories"
             )
 
-    def _step_settings(self, backend: TrainingBackend) -> StepSettings:
+    def _step_settings(self, ranks: LearnerRanks) -> StepSettings:
         config = self._config
-        on_cpu = backend.device.type == "cpu"
         return StepSettings(
             objective=config,
             max_lag=self._max_lag,
             skip_no_signal=config.skip_no_signal,
-            pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if on_cpu else config.token_budget,
+            pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if ranks.on_cpu else config.token_budget,
             deterministic=self._deterministic,
         )
 
-    def _loaded(self) -> TrainingBackend:
-        if self._backend is None:
+    def _loaded(self) -> LearnerRanks:
+        if self._ranks is None:
             raise LearnerError("no model is loaded: call load or restore first")
-        return self._backend
+        return self._ranks
 
     def _running(self) -> StreamingStep:
         if self._step is None:

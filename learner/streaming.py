@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from experience.records import Group
-from learner.backends.protocol import TrainingBackend
-from learner.batching import GroupSamples, MicroBatch, Sample, collate, make_samples, pack
+from learner.backends.ranks import LearnerRanks
+from learner.batching import GroupSamples, Sample, balance, make_samples, pack, tokens_of
 from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import step_mask
@@ -55,8 +54,8 @@ class StepResult:
 class StreamingStep:
     """Accumulates the gradient of one step at learner ``version``; use once."""
 
-    def __init__(self, backend: TrainingBackend, settings: StepSettings, version: int) -> None:
-        self._backend, self._settings, self._version = backend, settings, version
+    def __init__(self, ranks: LearnerRanks, settings: StepSettings, version: int) -> None:
+        self._ranks, self._settings, self._version = ranks, settings, version
         self._held: list[Group] = []
         self._groups: list[GroupSamples] = []
         self._pending: list[Sample] = []
@@ -73,10 +72,12 @@ class StreamingStep:
             self._take(group)
         if self._settings.whole_step:
             return
-        if sum(map(len, self._pending)) >= self._settings.pass_tokens:
-            *full, last = sorted(pack(self._pending, self._settings.pass_tokens), key=_tokens, reverse=True)
-            self._pending = last if full else []
-            self._run(full or [last])
+        width, budget = self._ranks.width, self._settings.pass_tokens
+        if tokens_of(self._pending) >= budget * width:
+            bins = sorted(pack(self._pending, budget), key=tokens_of, reverse=True)
+            count = max(1, (len(bins) - 1) // width) * width
+            self._pending = [sample for samples in bins[count:] for sample in samples]
+            self._run(bins[:count])
 
     def flush(self) -> None:
         """Runs everything that has arrived (nothing, if the objective needs the whole step)."""
@@ -85,7 +86,15 @@ class StreamingStep:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        self._run(pack(pending, self._settings.pass_tokens))
+        self._run(self._even(pending))
+
+    def _even(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Bins for what is left: as many for each rank, with as even a load as can be had."""
+        width, budget = self._ranks.width, self._settings.pass_tokens
+        bins = pack(samples, budget)
+        if width == 1 or not bins:
+            return bins
+        return balance(samples, -(-len(bins) // width) * width)
 
     def finish(self) -> StepResult:
         """Runs the rest, normalises and updates the weights."""
@@ -97,10 +106,10 @@ class StreamingStep:
         self._flush()
         norm: float | None = 0.0
         if self._bad:
-            self._backend.discard_gradient()
+            self._ranks.discard_gradient()
             norm = None
         elif self._sums.normaliser > 0:
-            norm = self._backend.step(self._sums.normaliser)
+            norm = self._ranks.step(self._sums.normaliser)
         applied = norm is not None
         metrics = {
             "loss": 0.0,
@@ -130,33 +139,25 @@ class StreamingStep:
         limit = self._settings.objective.second_moment_limit
         if limit is None or not samples:
             return samples
-        bins = pack(samples, self._settings.pass_tokens)
-        batches = [self._collate(members) for members in bins]
-        logp = torch.cat([self._backend.forward(batch).cpu() for batch in batches])
-        behaviour = torch.cat([batch.behaviour.cpu() for batch in batches])
-        advantages = torch.cat([batch.advantages.cpu() for batch in batches])
-        stays = step_mask(logp, behaviour, advantages, limit).numpy()
+        bins = self._even(samples)
+        logp = np.concatenate(self._ranks.logprobs(bins, self._settings.objective))
         ordered = [sample for members in bins for sample in members]
+        behaviour = np.concatenate([sample.behaviour for sample in ordered])
+        advantages = np.repeat([sample.advantage for sample in ordered], [len(sample.targets) for sample in ordered])
+        stays = step_mask(logp, behaviour, advantages.astype(np.float32), limit)
         ends = np.cumsum([len(sample.targets) for sample in ordered])
         return [
             replace(sample, stays=stays[end - len(sample.targets) : end])
             for sample, end in zip(ordered, ends, strict=True)
         ]
 
-    def _collate(self, samples: list[Sample]) -> MicroBatch:
-        objective = self._settings.objective
-        return collate(samples, objective.aggregation, self._backend.device, objective.constant_length)
-
     def _run(self, bins: list[list[Sample]]) -> None:
-        for samples in bins:
-            done = self._backend.forward_backward(self._collate(samples), self._settings.objective)
-            self._sums.add(done.sums)
-            self._bad.extend(done.bad_samples)
-            self._passes += 1
-
-
-def _tokens(samples: list[Sample]) -> int:
-    return sum(map(len, samples))
+        if not bins:
+            return
+        done = self._ranks.train(bins, self._settings.objective)
+        self._sums.add(done.sums)
+        self._bad.extend(done.bad_samples)
+        self._passes += len(bins)
 
 
 def _norm(norm: float | None) -> dict[str, float]:

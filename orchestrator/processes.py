@@ -121,10 +121,32 @@ class Processes:
             keep_checkpoints=config.run.keep_checkpoints,
             deterministic=config.run.deterministic,
             seed=config.seed,
+            ranks=self._ranks(attempt),
             time_shared=config.mode == "sync",
         )
-        return self._actor(
-            LearnerActor, "learner", index, attempt, self.resources.learner_gpus, f"learner-{index}.{attempt}", settings
+        gpus = 0.0 if settings.ranks else self.resources.learner_gpus
+        return self._actor(LearnerActor, "learner", index, attempt, gpus, f"learner-{index}.{attempt}", settings)
+
+    def _ranks(self, attempt: int) -> tuple[Any, ...]:
+        """The actors of a learner of several ranks; none for a learner that trains in its own process."""
+        from learner.backends.rank_actor import RankActor, RankSettings
+
+        learner, resources = self.config.learner, self.resources
+        if learner.ranks == 1 or learner.backend == "synthetic":
+            return ()
+        threads = max(1, resources.learner_threads // learner.ranks)
+        return tuple(
+            self._actor(
+                RankActor,
+                "learner-rank",
+                rank,
+                attempt,
+                resources.learner_gpus,
+                RankSettings(
+                    rank, learner.ranks, learner, self.config.model.dtype, threads, self.config.seed, learner.rank_timeout_s
+                ),
+            )
+            for rank in range(learner.ranks)
         )
 
     def _workload_header(self) -> TraceHeader:

@@ -1,7 +1,9 @@
 """The PyTorch backend: a Hugging Face model, AdamW with warm-up, gradient sums.
 
-There is one rank so far, which trains the plain module. Weights and optimizer state are float32; with another ``dtype``
-the forward pass runs under autocast, and that dtype is what engines get.
+One rank trains the plain module; several shard it, each decoder layer a unit (FSDP2, ``fully_shard``): a unit's weights are
+gathered before it runs and let go after it, its gradient is summed and scattered, and every rank updates its shard. Weights
+and optimizer state are float32; with another ``dtype`` the layers compute in it (by autocast, or gathered in it), gradients are
+reduced in float32, and that dtype is what engines get.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from learner.backends.frozen import FrozenModel
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
-from learner.batching import MicroBatch
+from learner.backends.sharding import as_sharded, shard, whole
+from learner.batching import MicroBatch, Sample, collate
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
@@ -40,7 +44,12 @@ class FsdpBackend:
     """
 
     def __init__(
-        self, path: str | Path, config: LearnerConfig, dtype: str = "float32", initial: str | Path | None = None
+        self,
+        path: str | Path,
+        config: LearnerConfig,
+        dtype: str = "float32",
+        initial: str | Path | None = None,
+        world: int = 1,
     ) -> None:
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
@@ -49,6 +58,9 @@ class FsdpBackend:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        self._world = world
+        if world > 1:
+            shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
         self._parameters: dict[str, torch.nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -73,6 +85,8 @@ class FsdpBackend:
             "parameters": sum(p.numel() for p in self._parameters.values()),
             "device": str(self.device),
             "dtype": str(self._dtype).removeprefix("torch."),
+            "data_parallel": self._world,
+            "places": list(range(self._world)),
         }
 
     def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +110,13 @@ class FsdpBackend:
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         with torch.no_grad():
             return self.logprobs(batch)[0]
+
+    def idle_pass(self) -> None:
+        (self._logits(_nothing(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+
+    def idle_forward(self) -> None:
+        with torch.no_grad():
+            self._logits(_nothing(self.device))
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
@@ -133,7 +154,7 @@ class FsdpBackend:
         if not gradients:
             return 0.0
         torch._foreach_mul_(gradients, 1.0 / normaliser)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
         if not math.isfinite(norm):
             self.discard_gradient()
             return None
@@ -174,10 +195,15 @@ class FsdpBackend:
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach().to(self._dtype)
+            yield name, whole(parameter.detach().to(self._dtype))
 
     def save_model(self, directory: Path) -> None:
-        self._model.save_pretrained(directory, safe_serialization=True)
+        if self._world == 1:
+            self._model.save_pretrained(directory, safe_serialization=True)
+            return
+        weights = {name: whole(p.detach()).cpu() for name, p in self._parameters.items()}
+        if torch.distributed.get_rank() == 0:
+            self._model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
@@ -185,7 +211,7 @@ class FsdpBackend:
             for moment in MOMENTS:
                 known = self._optimizer.state.get(parameter, {}).get(moment)
                 if known is not None:
-                    state[f"{moment}/{name}"] = known.detach().cpu().contiguous()
+                    state[f"{moment}/{name}"] = whole(known.detach()).cpu().contiguous()
         return state
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
@@ -201,13 +227,14 @@ class FsdpBackend:
             moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
             if any(value.shape != parameter.shape for value in moments.values()):
                 raise CheckpointError(f"the optimizer state of {name} does not have the shape of the parameter")
+            moments = {moment: as_sharded(value, parameter) for moment, value in moments.items()}
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(updates), device=parameter.device if self.device.type == "cuda" else "cpu"),
                 **moments,
             }
 
     def _autocast(self) -> Any:
-        if self._dtype is torch.float32:
+        if self._dtype is torch.float32 or self._world > 1:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
@@ -216,3 +243,19 @@ def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
     bad = batch.sample_of[~torch.isfinite(per_token.detach())].unique().tolist()
     named = [batch.samples[index] for index in bad] or batch.samples
     return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)
+
+
+def _nothing(device: torch.device) -> MicroBatch:
+    """A batch of one token that nobody trains."""
+    sample = Sample(
+        trajectory_id="",
+        group_id="",
+        inputs=np.zeros(1, np.int32),
+        positions=np.zeros(1, np.int64),
+        targets=np.zeros(1, np.int64),
+        behaviour=np.zeros(1, np.float32),
+        lags=np.zeros(1, np.int64),
+        advantage=0.0,
+        temperature=1.0,
+    )
+    return collate([sample], "token", device)

@@ -38,6 +38,14 @@ class TrainingBackend(Protocol):
         """Log-probabilities of the batch's targets under the present weights, float32 [n], without gradient."""
         ...
 
+    def idle_pass(self) -> None:
+        """Take part in the other ranks' forward and backward pass without adding to the gradient."""
+        ...
+
+    def idle_forward(self) -> None:
+        """Take part in the other ranks' forward pass."""
+        ...
+
     def step(self, normaliser: float) -> float | None:
         """One update with ``gradient / normaliser``; returns the gradient's norm before clipping.
 
@@ -74,5 +82,5 @@ class TrainingBackend(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for logs: parameters, device, dtype."""
+        """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them."""
         ...

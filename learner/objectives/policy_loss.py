@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -109,9 +111,13 @@ def regularisers(tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
     return added
 
 
-def step_mask(logp: Tensor, behaviour: Tensor, advantages: Tensor, limit: float) -> Tensor:
-    """The second-moment mask over all tokens of a step; see `second_moment_mask`."""
-    return second_moment_mask(logp - behaviour, advantages, limit)
+def step_mask(
+    logp: npt.NDArray[np.float32], behaviour: npt.NDArray[np.float32], advantages: npt.NDArray[np.float32], limit: float
+) -> npt.NDArray[np.bool_]:
+    """The second-moment mask over all tokens of a step, each argument [n]; see `second_moment_mask`."""
+    stays = second_moment_mask(torch.from_numpy(logp - behaviour), torch.from_numpy(advantages), limit)
+    mask: npt.NDArray[np.bool_] = stays.numpy()
+    return mask
 
 
 def _surrogate(log_ratio: Tensor, tokens: TokenInputs, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,11 @@ from learner.learner import Learner
 def sample_group(learner: Learner, index: int, rng: np.random.Generator) -> Group:
     """Episodes that answer a fixed prompt with one token of the present policy; even tokens are rewarded."""
     from learner.backends.fsdp import FsdpBackend
+    from learner.backends.ranks import OneRank
 
-    backend = learner._backend
+    ranks = learner._loaded()
+    assert isinstance(ranks, OneRank)
+    backend = ranks.backend
     assert isinstance(backend, FsdpBackend)
     group = make_group(index, [0.0] * 8, rng, version=learner.version)
     weights = backend._model

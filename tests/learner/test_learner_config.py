@@ -17,7 +17,7 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
     ("setting", "value", "message"),
     [
         ("backend", "megatron", "learner.backend=megatron is not built yet: use fsdp"),
-        ("ranks", 2, "learner.ranks=2 is not built yet"),
+        ("ranks", 0, "learner.ranks=0 must be at least 1"),
         ("kl_coef", -0.1, "learner.kl_coef=-0.1 must not be negative"),
         ("advantage", "gea", "learner.advantage='gea' is unknown: use one of grpo, dr_grpo, rloo"),
         ("advantage", "gae", "learner.advantage=gae is not built yet"),

@@ -11,6 +11,7 @@ from learner_fixtures import make_group, make_groups
 
 from experience.records import Group
 from learner.backends.fsdp import FsdpBackend
+from learner.backends.ranks import OneRank
 from learner.config import LearnerConfig
 from learner.objectives.advantages import normalised_over_step
 from learner.objectives.config import ObjectiveConfig
@@ -37,7 +38,7 @@ def run_step(
 ) -> tuple[StepResult, RecordingBackend]:
     backend = RecordingBackend(directory, LearnerConfig(device="cpu", warm_up_steps=0))
     objective = ObjectiveConfig(**{key: settings.pop(key) for key in OBJECTIVE_FIELDS & settings.keys()})
-    step = StreamingStep(backend, replace(SETTINGS, objective=objective, **settings), version)
+    step = StreamingStep(OneRank(backend), replace(SETTINGS, objective=objective, **settings), version)
     for groups in arrivals:
         step.add(groups)
         if flush:
@@ -66,7 +67,7 @@ def test_streaming_changes_no_result(model_directory: Path, aggregation: str) ->
 
 def test_passes_run_before_the_step_is_complete(model_directory: Path) -> None:
     backend = RecordingBackend(model_directory, LearnerConfig(device="cpu"))
-    step = StreamingStep(backend, replace(SETTINGS, pass_tokens=100), 0)
+    step = StreamingStep(OneRank(backend), replace(SETTINGS, pass_tokens=100), 0)
     groups = make_groups(6)
     step.add(groups[:3])
     assert step._passes > 0

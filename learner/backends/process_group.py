@@ -1,0 +1,41 @@
+"""The process group of the learner's ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from learner.errors import LearnerError
+
+logger = logging.getLogger(__name__)
+
+
+def free_address(host: str) -> str:
+    """``host:port`` with a port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def join(address: str, rank: int, world: int, device: torch.device, timeout_s: float) -> None:
+    """Join the default process group as ``rank`` of ``world``: NCCL on GPUs, gloo on CPUs, the same code.
+
+    Raises LearnerError, naming the group, if the others do not come within ``timeout_s``; collectives time out after as long.
+    """
+    host, port = address.rsplit(":", 1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(host, int(port), world, is_master=rank == 0, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise LearnerError(
+            f"rank {rank} of {world} did not find the other ranks of the learner at {address} within {timeout_s:g} s: {error}"
+        ) from error
+    logger.info("rank %d of %d has joined the learner's %s group", rank, world, backend)

@@ -1,0 +1,114 @@
+"""One rank of a learner of several, in a process of its own: does what the learner says, with all other ranks at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from learner.backends.make import make_backend
+from learner.backends.process_group import free_address, join
+from learner.backends.protocol import PassResult, TrainingBackend
+from learner.backends.ranks import Bin, bin_logprobs, train_bin
+from learner.config import LearnerConfig
+from learner.errors import LearnerError
+from learner.objectives.config import ObjectiveConfig
+from learner.objectives.sums import TokenSums
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What every rank is told; ``rank`` is its own number of ``world``."""
+
+    rank: int
+    world: int
+    config: LearnerConfig
+    dtype: str
+    threads: int
+    seed: int
+    timeout_s: float
+
+
+class RankActor:
+    """Calls come one after another, the same one to all ranks."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self._settings = settings
+        torch.set_num_threads(max(1, settings.threads))
+        torch.manual_seed(settings.seed)
+        self._backend: TrainingBackend | None = None
+
+    def where(self) -> tuple[str, int]:
+        """Host name and process id."""
+        return socket.gethostname(), os.getpid()
+
+    def address(self) -> str:
+        """Where the ranks can meet, if this one is the first."""
+        return free_address(socket.gethostbyname(socket.gethostname()))
+
+    def join(self, address: str) -> None:
+        """Meet the other ranks. Raises LearnerError."""
+        from learner.backends.model import resolve_device
+
+        settings = self._settings
+        device = resolve_device(settings.config.device)
+        join(address, settings.rank, settings.world, device, settings.timeout_s)
+
+    def load(self, path: str, initial: str | None) -> dict[str, Any]:
+        """Build model and optimizer; returns what `TrainingBackend.describe` tells. Raises ModelError."""
+        settings = self._settings
+        self._backend = make_backend(path, settings.config, settings.dtype, initial, world=settings.world)
+        return self._backend.describe()
+
+    def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
+        """This rank's bins, one pass each; all ranks get equally many, some perhaps empty."""
+        sums, bad = TokenSums(), []
+        for samples in bins:
+            done = train_bin(self._loaded, samples, objective)
+            sums.add(done.sums)
+            bad.extend(done.bad_samples)
+        return PassResult(sums, tuple(bad))
+
+    def logprobs(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> list[npt.NDArray[np.float32]]:
+        return [bin_logprobs(self._loaded, samples, objective) for samples in bins]
+
+    def step(self, normaliser: float) -> float | None:
+        return self._loaded.step(normaliser)
+
+    def discard_gradient(self) -> None:
+        self._loaded.discard_gradient()
+
+    def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """All weights, on rank 0; the others help to gather them and return nothing."""
+        return self._on_first([(name, tensor.cpu()) for name, tensor in self._loaded.named_tensors()], [])
+
+    def save_model(self, directory: str) -> None:
+        self._loaded.save_model(Path(directory))
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return self._on_first(self._loaded.optimizer_state(), {})
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
+        self._loaded.load_optimizer_state(state, updates)
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        return self._on_first(self._loaded.reference_state(), {})
+
+    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._loaded.load_reference_state(state)
+
+    @property
+    def _loaded(self) -> TrainingBackend:
+        if self._backend is None:
+            raise LearnerError(f"rank {self._settings.rank} has no model yet: call load first")
+        return self._backend
+
+    def _on_first(self, found: Any, otherwise: Any) -> Any:
+        return found if self._settings.rank == 0 else otherwise
