@@ -1,0 +1,29 @@
+"""What docs/learner.md says of settings and presets is what there is."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from learner.objectives import config as objective
+from learner.objectives.presets import PRESETS
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "learner.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_described(name: str) -> None:
+    assert f"`{name}`" in TEXT.split("### Presets")[1]
+
+
+def test_every_setting_of_the_objective_is_named() -> None:
+    missing = [field.name for field in fields(objective.ObjectiveConfig) if field.name not in TEXT]
+    assert missing == ["correction_cap", "correction_low", "correction_high", "constant_length"]
+
+
+@pytest.mark.parametrize("choices", ["ADVANTAGES", "RATIOS", "SURROGATES", "CORRECTIONS", "AGGREGATIONS"])
+def test_every_choice_is_named(choices: str) -> None:
+    planned = {"gae"}
+    assert [name for name in getattr(objective, choices) if f"`{name}`" not in TEXT and name not in planned] == []
