@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from weight_sync.engine_plugin.sglang_messages import (
     encode_state,
     is_command,
 )
+from weight_sync.engine_plugin.sglang_sampling import SAMPLER, filter_in_turn
 from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
 from weight_sync.errors import WeightTransferError
 from weight_sync.transports.protocol import decode_offer
@@ -87,6 +89,9 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """
     command = decode_command(named_tensors[0][0])
     if command.kind == "attach":
+        sampler = sys.modules.get(SAMPLER)
+        if sampler is not None:
+            filter_in_turn(sampler)
         attach(model, os.environ.get(MODEL_PATH, ""))
     elif command.kind == "commit":
         plugin_of(model).commit(command.version)

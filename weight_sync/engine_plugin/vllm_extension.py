@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from weight_sync.engine_plugin.checkpoint import Shapes, checkpoint_shapes, misfit, tied
 from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
+from weight_sync.engine_plugin.vllm_seeds import spare_generators
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
 from weight_sync.transports.protocol import CollectiveOffer, decode_offer
@@ -110,6 +111,10 @@ class MillraceWorker:
             "max_len": int(model.max_model_len),
             "workers": int(self.vllm_config.parallel_config.world_size),
         }
+
+    def millrace_prepare(self) -> dict[str, Any]:
+        """Make the worker fit for Millrace's requests; comes before the first of them, and again with every run."""
+        return _answer(lambda: {"changed": self.device.type == "cpu" and spare_generators(self.model_runner)})
 
     def millrace_stage(self, offer: str, member: str) -> dict[str, Any]:
         """Begin to fetch an offered version (``offer``: base64) beside the served one."""

@@ -58,7 +58,7 @@ class VllmAdapter:
         return Call("GET", "/health", timeout_s=5.0)
 
     def adopt(self, version: int) -> list[Call]:
-        return [self._name_version(version)]
+        return [self._call("millrace_prepare"), self._name_version(version)]
 
     def generate(self, request: GenerateRequest, served: int) -> Call:
         return generate_call(request, served)

@@ -67,6 +67,15 @@ async def test_the_seed_decides_what_is_sampled(engine: Engine) -> None:
     assert first.tokens.tolist() != other.tokens.tolist()
 
 
+async def test_a_seed_means_the_same_however_its_prompt_is_computed(engine: Engine) -> None:
+    """Together the prompts take several steps, and some of them are cut; alone each of them takes one."""
+    prompts = [prompt(400, seed=42 + index) for index in range(8)]
+    together = await engine.run(*(engine.request(given, 20, seed=index) for index, given in enumerate(prompts)))
+    for index, (given, result) in enumerate(zip(prompts, together, strict=True)):
+        alone = await engine.one(given, 20, seed=index)
+        assert alone.tokens.tolist() == result.tokens.tolist()
+
+
 async def test_samples_follow_the_model_s_probabilities(engine: Engine) -> None:
     given = prompt(9, seed=41)
     count = 160

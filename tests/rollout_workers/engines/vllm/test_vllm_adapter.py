@@ -283,6 +283,7 @@ def test_control_calls_are_plain_data() -> None:
     ]
     assert [(call.method, call.path) for call in calls] == [
         ("GET", "/health"),
+        ("POST", "/collective_rpc"),
         ("POST", "/update_weight_version"),
         ("POST", "/resume"),
         ("GET", "/weight_info"),
