@@ -9,6 +9,7 @@ from rollout_workers.engines.servers.arguments import merged, normal, to_command
 from rollout_workers.engines.servers.device import data_type, on_cpu
 from rollout_workers.engines.sglang.config import SglangConfig
 from rollout_workers.engines.sglang.disaggregation import role_arguments, role_environment
+from rollout_workers.engines.sglang.requests import WHOLE_VOCABULARY
 from weight_sync.engine_plugin.sglang_messages import MODEL_PATH
 
 LOADER = "weight_sync.engine_plugin.sglang_loader.load"
@@ -30,6 +31,7 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         # The others draw without regard to a request's seed, or end the server over one.
         "sampling_backend": "pytorch",
         "chunked_prefill_size": launch.prefill_tokens,
+        "sampling_mask_max_tokens": WHOLE_VOCABULARY,
         **role_arguments(launch, cpu),
     }
     owned = {
