@@ -84,7 +84,8 @@ class VllmAdapter:
         return abort_call(request_id)
 
     def pause(self, keep: PauseMode) -> list[Call]:
-        pause = Call("POST", "/pause", query={"mode": MODES[keep]})
+        # By default vLLM drops all KV with a pause, that of requests which it keeps included.
+        pause = Call("POST", "/pause", query={"mode": MODES[keep], "clear_cache": "false"})
         return [pause, self._forget_kv()] if keep is PauseMode.KEEP_REQUESTS else [pause]
 
     def resume(self) -> list[Call]:

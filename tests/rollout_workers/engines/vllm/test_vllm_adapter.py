@@ -147,10 +147,10 @@ def test_pauses_keep_or_abort() -> None:
     def modes(keep: PauseMode) -> list[tuple[str, dict[str, str] | None]]:
         return [(call.path, call.query) for call in ADAPTER.pause(keep)]
 
-    assert modes(PauseMode.KEEP_KV) == [("/pause", {"mode": "keep"})]
-    assert modes(PauseMode.ABORT) == [("/pause", {"mode": "abort"})]
+    assert modes(PauseMode.KEEP_KV) == [("/pause", {"mode": "keep", "clear_cache": "false"})]
+    assert modes(PauseMode.ABORT) == [("/pause", {"mode": "abort", "clear_cache": "false"})]
     assert modes(PauseMode.KEEP_REQUESTS) == [
-        ("/pause", {"mode": "keep"}),
+        ("/pause", {"mode": "keep", "clear_cache": "false"}),
         ("/reset_prefix_cache", {"reset_running_requests": "true"}),
     ]
 
