@@ -110,6 +110,12 @@ class SglangAdapter:
 
     def parse_identity(self, body: bytes) -> ServerIdentity:
         info = _json(body, "/server_info")
+        backend = info.get("sampling_backend", launching.SAMPLING)
+        if backend != launching.SAMPLING:
+            raise ServerAnswerError(
+                f"this SGLang samples with {backend!r}, which heeds no seeds: start it with --sampling-backend "
+                f"{launching.SAMPLING}"
+            )
         model, version, context = info.get("model_path"), info.get("version"), info.get("context_length")
         return ServerIdentity(
             version=version if isinstance(version, str) else None,

@@ -27,6 +27,7 @@ OWNED = {
     "max_running_requests": _SIZES,
     "allow_auto_truncate": "a shortened prompt would be another context than the trajectory's",
     "random_seed": "set seed",
+    "sampling_backend": "a request's seed must decide its tokens, which the other backends do not heed",
     "stream_interval": "set engines.stream_every",
     "incremental_streaming_output": _STREAM,
     "enable_metrics": "Millrace reads the metrics and turns them on",

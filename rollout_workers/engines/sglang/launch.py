@@ -15,6 +15,9 @@ from weight_sync.engine_plugin.sglang_messages import MODEL_PATH
 LOADER = "weight_sync.engine_plugin.sglang_loader.load"
 """Called by SGLang's scheduler in its own process: Millrace's side of a weight update there."""
 
+SAMPLING = "pytorch"
+"""The sampling backend in which Millrace's plugin makes seeds count; the others end the server over one."""
+
 HEADROOM = 16
 """Tokens of context beyond ``max_len``: SGLang keeps some for itself."""
 
@@ -28,8 +31,6 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         # The figures that /metrics gives are taken when they are logged.
         "decode_log_interval": 8,
         "log_level": "warning",
-        # The others draw without regard to a request's seed, or end the server over one.
-        "sampling_backend": "pytorch",
         "chunked_prefill_size": launch.prefill_tokens,
         "sampling_mask_max_tokens": WHOLE_VOCABULARY,
         **role_arguments(launch, cpu),
@@ -43,6 +44,7 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         "context_length": launch.max_len + HEADROOM,
         "max_running_requests": launch.slots,
         "random_seed": launch.seed,
+        "sampling_backend": SAMPLING,
         "stream_interval": launch.stream_every,
         "incremental_streaming_output": True,
         "enable_metrics": True,
