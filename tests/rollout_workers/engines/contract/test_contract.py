@@ -26,7 +26,7 @@ from contract_model import (
 from server_helpers import until
 
 from rollout_workers.engine_client import EngineClient
-from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
+from rollout_workers.engines.protocol import EngineHealth, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
 from weight_sync.transports.shared_memory import SharedMemorySender
 
@@ -256,16 +256,14 @@ async def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(engin
 
 
 async def test_a_stop_token_ends_a_request_and_is_kept(engine: Engine) -> None:
-    prompts = [prompt(14, seed=111 + 1000 * index) for index in range(20)]
-    answers = [greedy(engine.seed, given, 40) for given in prompts]
-    # The model repeats itself; a stop token must be one that comes late for the first time.
-    given, tokens, end = next(
-        (given, tokens, end)
-        for given, tokens in zip(prompts, answers, strict=True)
-        for end in range(8, 40)
-        if tokens[end] not in tokens[:end]
+    # The model repeats itself; the stop token is the one that comes latest for the first time.
+    end, given, tokens = max(
+        (max(n for n in range(40) if tokens[n] not in tokens[:n]), tuple(given.tolist()), tokens)
+        for given in (prompt(14, seed=111 + 1000 * index) for index in range(8))
+        for tokens in [greedy(engine.seed, given, 40)]
     )
-    result = await engine.one(given, 40, temperature=0.0, stop_token_ids=(tokens[end],))
+    assert end > 0
+    result = await engine.one(np.array(given, np.int32), 40, temperature=0.0, stop_token_ids=(tokens[end],))
     assert result.tokens.tolist() == tokens[: end + 1]
     assert result.finish_reason is FinishReason.STOP
 
@@ -345,16 +343,19 @@ async def test_more_requests_than_fit_wait_their_turn(engine: Engine) -> None:
 
 async def test_its_health_tells_what_it_does(engine: Engine) -> None:
     before = await engine.health()
-    requests = [engine.request(prompt(30, seed=1500 + index), 200) for index in range(4)]
-    await engine.submit(*requests)
-    busy = []
+    for _ in range(TRIES):
+        requests = [engine.request(prompt(30, seed=1500 + index), 200) for index in range(4)]
+        await engine.submit(*requests)
+        busy: list[asyncio.Task[EngineHealth]] = []
 
-    def look(tokens: int) -> None:
-        if not busy and 8 <= tokens < 150:
-            busy.append(asyncio.create_task(engine.health()))
+        def look(tokens: int, busy: list[asyncio.Task[EngineHealth]] = busy) -> None:
+            if not busy and tokens > 0:
+                busy.append(asyncio.create_task(engine.health()))
 
-    await engine.results(*requests, during=look)
-    during, after = await busy[0], await engine.health()
+        await engine.results(*requests, during=look)
+        during, after = await busy[0], await engine.health()
+        if during.running > 0:
+            break
     assert during.running > 0
     assert after.version == engine.version
     assert after.generated_tokens - before.generated_tokens >= 800
