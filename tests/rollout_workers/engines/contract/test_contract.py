@@ -239,6 +239,7 @@ async def test_new_requests_find_nothing_that_older_weights_computed(engine: Eng
 
 
 async def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(engine: Engine) -> None:
+    await telling(engine)
     given, tokenizer = prompt(14, seed=110), make_tokenizer().backend_tokenizer
     tokens = greedy(engine.seed, given, 40)
     text = tokenizer.decode(tokens[:30], skip_special_tokens=False)
@@ -256,16 +257,19 @@ async def test_a_stop_string_ends_a_request_at_the_token_that_completes_it(engin
 
 
 async def test_a_stop_token_ends_a_request_and_is_kept(engine: Engine) -> None:
-    # The model repeats itself; the stop token is the one that comes latest for the first time.
-    end, given, tokens = max(
-        (max(n for n in range(40) if tokens[n] not in tokens[:n]), tuple(given.tolist()), tokens)
-        for given in (prompt(14, seed=111 + 1000 * index) for index in range(8))
-        for tokens in [greedy(engine.seed, given, 40)]
-    )
-    assert end > 0
-    result = await engine.one(np.array(given, np.int32), 40, temperature=0.0, stop_token_ids=(tokens[end],))
+    await telling(engine)
+    given = prompt(14, seed=111)
+    tokens = greedy(engine.seed, given, 40)
+    end = next(n for n in range(8, 40) if tokens[n] not in tokens[:n])
+    result = await engine.one(given, 40, temperature=0.0, stop_token_ids=(tokens[end],))
     assert result.tokens.tolist() == tokens[: end + 1]
     assert result.finish_reason is FinishReason.STOP
+
+
+async def telling(engine: Engine) -> None:
+    """Bring the first weights back: with those of some versions the model says the same token for ever."""
+    if engine.seed != 0:
+        await engine.publish(0)
 
 
 class Failing:
