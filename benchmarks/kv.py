@@ -31,8 +31,8 @@ from benchmarks.output import document, write_json
 from rollout_workers.disaggregation.config import HandoffConfig
 
 LAYERS, KV_HEADS, HEAD_SIZE = 8, 8, 128
-WAYS = {"auto": "into the other cache", "ring": "through a ring", "tcp": "over TCP"}
-"""Values of ``engines.handoff.transport``."""
+WAYS = ("auto", "ring", "tcp")
+"""Values of ``engines.handoff.transport``: into the other engine's cache, through a ring of shared memory, over TCP."""
 TOKENS = (1024, 8192, 32768)
 ANSWER_S = 120.0
 MEMCPY_BYTES = 512 << 20
@@ -356,15 +356,14 @@ def run(
 def table(result: dict[str, Any]) -> Table:
     """The result for a terminal."""
     shown = Table(title=f"KV from engine to engine, medians of {result['settings']['repeats']}")
-    for column in ("tokens", "MiB", "way", "GB/s", "memcpy", "of memcpy", "range", "best of best", "first"):
+    for column in ("tokens", "way", "GB/s", "memcpy", "of memcpy", "range", "best", "first"):
         shown.add_column(column, justify="left" if column == "way" else "right")
     for tokens, found in result["results"].items():
         for name, row in found["ways"].items():
             low, high = row["of_memcpy_range"]
             shown.add_row(
                 tokens,
-                f"{found['bytes'] / 2**20:.0f}",
-                f"{name}: {WAYS.get(name, 'torch.distributed alone')}",
+                name,
                 f"{row['gb_per_s']:.2f}",
                 f"{row['memcpy_gb_per_s']:.2f}",
                 f"{row['of_memcpy']:.0%}",
