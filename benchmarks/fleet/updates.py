@@ -12,6 +12,8 @@ import asyncio
 import itertools
 import shutil
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from rollout_workers.engines.protocol import FinishReason, GenerateRequest, Toke
 from weight_sync.config import WeightsConfig
 from weight_sync.membership import MemberState
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 """How long the engines may take to start, or the requests in flight at the end to finish."""
 PROMPT = 24
 
@@ -124,7 +126,7 @@ async def _measure(load: UpdateLoad, model_path: Path) -> dict[str, Any]:
     client, received = EngineClient("bench"), Received()
     fleet = Fleet(weights, 0, _transfer_of(sender), _events(sender, model))
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with _within_limit("engines that serve"):
             for name, handle in handles.items():
                 fleet.starting(name)
                 await handle.load.remote(str(model_path), "float32", 1, 0)
@@ -169,12 +171,21 @@ async def _publish_under_load(
             seconds.append(time.perf_counter() - began_at)
             await asyncio.sleep(load.pause_s)
         over.set()
-        async with asyncio.timeout(LIMIT_S):
+        async with _within_limit("the end of the last requests"):
             await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
     return seconds
+
+
+@asynccontextmanager
+async def _within_limit(what: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield
+    except TimeoutError:
+        raise TimeoutError(f"no {what} within {LIMIT_S:g} s") from None
 
 
 def _transfer_of(sender: Any) -> Any:

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.output import document, save_figure, write_json
+from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.routing.closed_loop import Case, ClosedLoop, Measured
 from benchmarks.routing.engines import IdealEngines, ModelledEngines
 from env_pool.workloads.scripts import SUITES
@@ -27,6 +27,7 @@ POLICIES = {
     "prefix-aware": RoutingPolicy(),
 }
 """By name; the last one is what runs use."""
+TABLE_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
     """In flight, for each engine."""
     group_size: int = 8
     policies: tuple[str, ...] = tuple(POLICIES)
-    minutes: float = 60.0
+    minutes: float = 30.0
     """Measured, after half as many to warm up."""
     seed: int = 0
 
@@ -266,7 +267,7 @@ def _names(text: str, known: Sequence[str], name: str) -> tuple[str, ...]:
 @click.option("--episodes", default=32, show_default=True, help="Episodes in flight, for each engine.")
 @click.option("--policies", default="all", show_default=True, help="Separated by semicolons.")
 @click.option(
-    "--minutes", default=60.0, show_default=True, help="Modelled minutes, after as many or half of them to warm up."
+    "--minutes", default=30.0, show_default=True, help="Modelled minutes, after as many or half of them to warm up."
 )
 @click.option(
     "--adaptive", is_flag=True, help="Adaptive concurrency against fixed numbers of episodes, with little KV."
@@ -295,7 +296,7 @@ def routing(
     if adaptive:
         found = AdaptiveSettings(chosen[0], kv_tokens=kv_tokens, minutes=minutes, seed=seed)
         result = run_adaptive(found)
-        show_adaptive(result, Console())
+        show_adaptive(result, table_console(TABLE_WIDTH))
     else:
         settings = Settings(
             suites=chosen,
@@ -307,7 +308,7 @@ def routing(
             seed=seed,
         )
         result = run(settings)
-        show(result, Console())
+        show(result, table_console(TABLE_WIDTH))
     if json_path is not None:
         write_json(json_path, result)
     if figure is not None:
