@@ -127,13 +127,15 @@ async def record_versions(server: ServerConnection) -> None:
 async def record_control(server: ServerConnection) -> None:
     pause, forget = ADAPTER.pause(PauseMode.KEEP_REQUESTS)
     begin, staged = ADAPTER.stage(b"no offer", "engine-0.0")
+    prepare, adopt = ADAPTER.adopt(SERVED)
     calls = {
         "ready": ADAPTER.ready(),
         "pause": pause,
         "forget": forget,
         "ready-while-paused": ADAPTER.ready(),
         "resume": ADAPTER.resume()[0],
-        "adopt": ADAPTER.adopt(SERVED)[0],
+        "prepare": prepare,
+        "adopt": adopt,
         "served": ADAPTER.served(),
         "metrics": ADAPTER.metrics(),
         "identity": ADAPTER.identity(),
