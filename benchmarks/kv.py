@@ -33,7 +33,7 @@ from rollout_workers.disaggregation.config import HandoffConfig
 LAYERS, KV_HEADS, HEAD_SIZE = 8, 8, 128
 WAYS = ("auto", "ring", "tcp")
 """Values of ``engines.handoff.transport``: into the other engine's cache, through a ring of shared memory, over TCP."""
-TOKENS = (1024, 8192, 32768)
+TOKENS = (1024, 8192)
 ANSWER_S = 120.0
 MEMCPY_BYTES = 512 << 20
 """Size of the buffers that are copied beside; of more bytes it is done again and again."""
