@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "vllm"
 ADAPTER = VllmAdapter(VllmConfig())
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 SERVED = 0
+MODEL_LABEL = re.compile(r'model_name="[^"]*"')
 COUNTED = ("vllm:num_requests", "vllm:kv_cache_usage", "vllm:generation_tokens", "vllm:prompt_tokens", "vllm:prefix_")
 
 
@@ -147,7 +149,7 @@ async def record_control(server: ServerConnection) -> None:
         body = reply.body
         if name == "metrics":
             kept = [line for line in body.decode().splitlines() if line.startswith(COUNTED) and "bucket" not in line]
-            body = "\n".join(kept).encode()
+            body = MODEL_LABEL.sub('model_name="/model"', "\n".join(kept)).encode()
         elif name == "identity":
             body = json.dumps({"results": [{**json.loads(body)["results"][0], "model": "/model"}]}).encode()
         save(f"control-{name}", None, call, reply.status, body)
