@@ -143,6 +143,12 @@ def test_the_environment_opens_the_control_routes_and_the_configuration_wins() -
     assert variables["PYTHONPATH"] == "/repository"
 
 
+@pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "kv-cache-memory-bytes", "gpu_memory_utilization"])
+def test_an_argument_about_the_size_of_the_kv_is_not_overruled_by_a_variable(name: str) -> None:
+    assert VllmAdapter(VllmConfig()).environment(LAUNCH)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in VllmAdapter(VllmConfig(args={name: 1})).environment(LAUNCH)
+
+
 def test_pauses_keep_or_abort() -> None:
     def modes(keep: PauseMode) -> list[tuple[str, dict[str, str] | None]]:
         return [(call.path, call.query) for call in ADAPTER.pause(keep)]
