@@ -116,11 +116,13 @@ class SglangAdapter:
                 f"this SGLang samples with {backend!r}, which heeds no seeds: start it with --sampling-backend "
                 f"{launching.SAMPLING}"
             )
-        model, version, context = info.get("model_path"), info.get("version"), info.get("context_length")
+        model, version = info.get("model_path"), info.get("version")
+        # A sequence that its KV has no room for, SGLang ends early as if its budget were spent.
+        room = [size for key in ("context_length", "max_total_num_tokens") if isinstance(size := info.get(key), int)]
         return ServerIdentity(
             version=version if isinstance(version, str) else None,
             model=model if isinstance(model, str) else None,
-            max_len=context - launching.HEADROOM if isinstance(context, int) else None,
+            max_len=min(room) - launching.HEADROOM if room else None,
         )
 
     def served(self) -> Call:

@@ -160,9 +160,9 @@ async def record_control(server: ServerConnection) -> None:
     for name, call in calls.items():
         reply = await server.send(call)
         body = reply.body
-        if name == "identity":  # hundreds of settings, of which four are read
+        if name == "identity":  # hundreds of settings, of which five are read
             info = json.loads(body)
-            kept = {key: info[key] for key in ("version", "context_length", "sampling_backend")}
+            kept = {key: info[key] for key in ("version", "context_length", "max_total_num_tokens", "sampling_backend")}
             body = json.dumps({**kept, "model_path": "/model"}).encode()
         elif name == "metrics":
             lines = [line for line in body.decode().splitlines() if line.startswith(COUNTED) and "bucket" not in line]
