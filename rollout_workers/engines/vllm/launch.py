@@ -64,6 +64,8 @@ def environment(config: VllmConfig, launch: Launch) -> dict[str, str]:
             variables["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_GIB
         # Several servers on a machine would all bind their threads to the same first cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # A single worker computes in the engine's process; in one of its own it spins on a core while it waits for steps.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if launch.threads is not None:
         variables["OMP_NUM_THREADS"] = str(launch.threads)
     if launch.plugin_path:

@@ -139,6 +139,7 @@ def test_the_environment_opens_the_control_routes_and_the_configuration_wins() -
     variables = VllmAdapter(config).environment(launch)
     assert variables["VLLM_SERVER_DEV_MODE"] == "1"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "6"
+    assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert variables["OMP_NUM_THREADS"] == "3"
     assert variables["PYTHONPATH"] == "/repository"
 
