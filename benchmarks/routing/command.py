@@ -194,7 +194,7 @@ def _footer(result: dict[str, Any], console: Console) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Prefix reuse against the imbalance of requests over ten minutes, a panel for each number of engines and workers."""
+    """Prefix reuse against the imbalance of sessions and of requests, a column for each number of engines and workers."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -202,19 +202,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in result["results"] if row["told"]]
     panels = list(dict.fromkeys((row["suite"], row["engines"], row["workers"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.0), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for row in rows:
-            if (row["suite"], row["engines"], row["workers"]) == panel:
-                axis.plot(
-                    [row["imbalance"]["requests"]["ten_minutes"]], [100 * row["affinity"]], "o", label=row["policy"]
-                )
-        axis.axhline(99, color="grey", linewidth=0.6)
-        axis.axvline(1.1, color="grey", linewidth=0.6)
-        axis.set_xlabel("max/mean requests in flight over ten minutes")
-        axis.set_ylabel("prefix reuse, % of the possible")
-        axis.set_title(f"{panel[0]}, {panel[1]} engines, workers: {panel[2]}")
-    axes[0][-1].legend(fontsize="small")
+    measures = {
+        "sessions": ("moment", "sessions at one moment"),
+        "requests": ("ten_minutes", "requests over 10 minutes"),
+    }
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6.4), squeeze=False, sharey="col")
+    for line, (measure, (window, words)) in zip(axes, measures.items(), strict=True):
+        for axis, panel in zip(line, panels, strict=True):
+            for row in rows:
+                if (row["suite"], row["engines"], row["workers"]) == panel:
+                    x = row["imbalance"][measure][window]
+                    axis.plot([x], [100 * row["affinity"]], "o", label=row["policy"])
+            axis.axhline(99, color="grey", linewidth=0.6)
+            axis.axvline(1.1, color="grey", linewidth=0.6)
+            axis.set_xlabel(f"max/mean {words}")
+            axis.set_ylabel("prefix reuse, % of the possible")
+            axis.set_title(f"{panel[0]}, {panel[1]} engines, workers: {panel[2]}", fontsize="small")
+    axes[0][-1].legend(fontsize="small", loc="center right")
     figure.tight_layout()
     save_figure(path, figure)
     plt.close(figure)
