@@ -162,6 +162,22 @@ class MillraceWorker:
             initialize_layerwise_reload(model)
             model.load_weights(iter(tensors))
             finalize_layerwise_reload(model, self.vllm_config.model_config)
+            pack_again(model)
+
+
+def pack_again(model: torch.nn.Module) -> int:
+    """Have layers that keep a packed copy *beside* their weight make it anew; returns how many.
+
+    On a CPU the embedding does so when it is the output layer, too (tied weights), and vLLM's reload leaves that copy alone:
+    the model would read its tokens with the new weights and choose them with those that the server was started with.
+    """
+    packed = 0
+    for module in model.modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if hasattr(module, "cpu_linear") and method is not None and isinstance(weight, torch.Tensor) and weight.numel():
+            method.process_weights_after_loading(module)
+            packed += 1
+    return packed
 
 
 def sampled_tokens(model_runner: Any, vllm_config: Any) -> dict[str, int]:
