@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 PACKAGES = ("millrace", "torch", "ray", "transformers", "msgspec", "numpy")
 
@@ -55,6 +56,12 @@ def document(
         "settings": dict(settings),
         "results": results,
     }
+
+
+def table_console(width: int) -> Console:
+    """A console for tables ``width`` characters wide: as wide as a terminal is, but never narrower when piped."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, width))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

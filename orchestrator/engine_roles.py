@@ -24,6 +24,7 @@ from orchestrator.supervisor import first_line
 from rollout_workers.disaggregation.roles import Decision, Flip, RoleController, RoleLoad
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import EngineHealth
+from rollout_workers.engines.synthetic.cost_model import CostModel
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def load_of(name: str, health: EngineHealth, config: EnginesConfig) -> RoleLoad:
         half_concurrency=modelled.half_concurrency * modelled.accelerators
         if modelled
         else config.role_policy.half_concurrency,
+        local_cost=CostModel.from_config(modelled).local_prefill_cost if modelled else 1.0,
         generated_tokens=health.generated_tokens,
         finished=health.finished,
         suspended=max(0, health.sessions - health.running) + health.parked_sessions,

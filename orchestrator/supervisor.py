@@ -180,6 +180,9 @@ class Supervisor:
             await actor.role.lost(actor.index, actor.attempt, cause)
             await self._launch(actor.role, actor.index, actor.attempt + 1)
         except Exception as error:
+            if self._stopping:
+                logger.info("%s was not replaced: the run is over", actor.name)
+                return
             logger.exception("replacing %s failed", actor.name)
             replacement = self.actors[actor.name]
             if replacement is actor:

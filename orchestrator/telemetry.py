@@ -177,6 +177,7 @@ def setup_actor_logging(
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it has a line for every request of every turn
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     return path

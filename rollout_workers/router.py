@@ -7,6 +7,7 @@ left. Requests in flight fluctuate within seconds, so they only break ties. (`mi
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -210,10 +211,26 @@ class Router:
         if not (self.policy.prefix_aware and group in self._groups):
             return least
         weight = self._weight(tokens)
-        most = max(self.policy.max_imbalance * (self._total + weight) / len(self._engines), self.load(least) + weight)
+        mean = (self._total + weight) / len(self._engines)
+        most = max((1.0 + self._excess()) * mean, self.load(least) + weight)
         holders = self._groups[group]
-        fitting = [name for name in holders if self.load(name) + weight <= most]
+        fitting = [name for name in holders if self.load(name) + weight <= most and self._own_fits(name)]
         return max(fitting, key=lambda name: holders[name], default=least)
+
+    def _excess(self) -> float:
+        """How far over the mean a prefix may load an engine: half of what is allowed belongs to this worker's own sessions in
+        proportion to their share, because what other workers do at the same time is known late."""
+        if self.policy.load is not Load.SESSIONS or not self._total:
+            return self.policy.max_imbalance - 1.0
+        return (self.policy.max_imbalance - 1.0) * (1.0 + len(self._sessions) / self._total) / 2.0
+
+    def _own_fits(self, name: str) -> bool:
+        """Whether one more session keeps this router's own sessions within the bound, to the next whole one: if all workers
+        filled up the same engine until they know that it is full, it would have far more than the bound allows."""
+        if self.policy.load is not Load.SESSIONS:
+            return True
+        own_mean = (len(self._sessions) + 1) / len(self._engines)
+        return self._engines[name].sessions + 1 <= math.ceil(self.policy.max_imbalance * own_mean)
 
     def _stay_or_leave(self, session: _Session, tokens: int) -> str:
         """The engine for the next request of a session that has one: its own, unless that has too much to do."""

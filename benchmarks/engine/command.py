@@ -4,13 +4,15 @@ All run in one process, on the same model (the quickstart's size, random weights
 of tokens, repeat after repeat in turn, so that a busy machine slows them alike. Medians count. Rates are by the clock and
 by CPU seconds of the process (which other processes disturb less); only tokens that were asked for count:
 ``generate`` runs a batch until its longest row ends. Latencies are measured in rounds of their own, in which every token
-is delivered as soon as it is there; all requests are submitted together.
+is delivered as soon as it is there; all requests are submitted together. Servers (``--engines``) run in processes of their
+own, whose CPU seconds are counted with the caller's; they stream every token in all rounds.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.engine.workloads import WORKLOADS, Arrivals, Prompt, Workload, percentiles_ms
 from benchmarks.output import document, save_figure, write_json
+from rollout_workers.engines.config import SERVERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 256
 BASELINE = "model.generate"
+COLORS = ("#2f6f9f", "#9aa5b1", "#c98b3b", "#7a9a4a", "#8a5a83")
 
 
 def quickstart_sized_model(seed: int, device: str) -> PreTrainedModel:
@@ -62,17 +66,24 @@ def run(
     threads: int = 1,
     seed: int = 0,
     device: str = "cpu",
+    engines: Sequence[str] = (),
     workloads: tuple[Workload, ...] = WORKLOADS,
 ) -> dict[str, Any]:
-    """Measure every workload; returns (and writes to ``json_path``) the result of `millrace bench engine`."""
+    """Measure every workload; returns (and writes to ``json_path``) the result of `millrace bench engine`.
+
+    ``engines``: servers to measure besides.
+    """
     import torch
 
     from benchmarks.engine.contenders import CONTENDERS, skipped
+    from benchmarks.engine.servers import Served
 
     torch.set_num_threads(threads)
     model = quickstart_sized_model(seed, device)
     contenders = [make(model) for make in CONTENDERS]
     try:
+        for kind in engines:
+            contenders.append(Served(kind, model, threads))
         rows = [measure(workload, contenders, repeats, latency_repeats, seed) for workload in workloads]
     finally:
         for contender in contenders:
@@ -83,7 +94,7 @@ def run(
         "threads": threads,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "skipped": skipped(),
+        "skipped": skipped(engines),
     }
     result = document("engine", seeds=[seed], settings=settings, results=rows)
     if json_path is not None:
@@ -101,9 +112,9 @@ def measure(
     cpu_rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for repeat in range(repeats + 1):
         for contender in contenders:
-            began, cpu_began = time.perf_counter(), time.process_time()
+            began, cpu_began = time.perf_counter(), cpu_of(contender)
             contender.run(prompts, lengths)
-            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+            seconds, cpu_seconds = time.perf_counter() - began, cpu_of(contender) - cpu_began
             if repeat > 0:
                 rates[contender.name].append(sum(lengths) / seconds)
                 cpu_rates[contender.name].append(sum(lengths) / cpu_seconds)
@@ -119,6 +130,13 @@ def measure(
         "cpu_ratio_to_generate": {name: round(rate / cpu_medians[BASELINE], 3) for name, rate in cpu_medians.items()},
         **_latencies(contenders, prompts, lengths, latency_repeats),
     }
+
+
+def cpu_of(contender: Contender) -> float:
+    """CPU seconds so far of this process and of the contender's server, if it is one."""
+    from benchmarks.engine.servers import Served
+
+    return time.process_time() + (contender.server_cpu_s() if isinstance(contender, Served) else 0.0)
 
 
 def _latencies(
@@ -177,8 +195,9 @@ def draw(result: dict[str, Any]) -> Any:
     figure = Figure(figsize=(11, 0.55 * len(rows) + 1.6))
     panels = figure.subplots(1, 3, sharey=True)
     height = 0.8 / len(names)
-    for index, (name, color) in enumerate(zip(names, ("#2f6f9f", "#9aa5b1", "#c98b3b"), strict=True)):
-        places = [row + (index - 1) * height for row in range(len(rows))]
+    middle = (len(names) - 1) / 2
+    for index, (name, color) in enumerate(zip(names, COLORS, strict=False)):
+        places = [row + (index - middle) * height for row in range(len(rows))]
         rates = [row["tokens_per_s"][name] for row in rows]
         panels[0].barh(places, rates, height, label=name, color=color)
         for panel, key in ((panels[1], "first_token_ms"), (panels[2], "inter_token_ms")):
@@ -202,9 +221,15 @@ def draw(result: dict[str, Any]) -> Any:
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-def engine(json_path: Path | None, figure_path: Path | None, **settings: Any) -> None:
+@click.option(
+    "--engines", default="", help=f"Servers to measure besides, separated by commas: {', '.join(SERVERS)} (slow)."
+)
+def engine(json_path: Path | None, figure_path: Path | None, engines: str, **settings: Any) -> None:
     """Tokens/s and latencies of the embedded engine, model.generate and transformers' continuous batching."""
-    result = run(json_path, **settings)
+    kinds = [kind.strip() for kind in engines.split(",") if kind.strip()]
+    if unknown := sorted(set(kinds) - set(SERVERS)):
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(SERVERS)}", param_hint="--engines")
+    result = run(json_path, engines=kinds, **settings)
     report(result, Console())
     if figure_path is not None:
         save_figure(figure_path, draw(result))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.engine.workloads import Arrivals, Prompt
-from rollout_workers.engines.config import EnginesConfig
+from rollout_workers.engines.config import SERVERS, EnginesConfig
 from rollout_workers.engines.protocol import GenerateRequest
 from rollout_workers.engines.torch_engine import TorchEngine
 
@@ -161,19 +160,11 @@ class ContinuousBatching:
 
 CONTENDERS: tuple[Callable[[PreTrainedModel], Contender], ...] = (Embedded, Generate, ContinuousBatching)
 
-SERVERS = ("vllm", "sglang")
-"""Engines that are servers of their own."""
 
-
-def skipped() -> list[dict[str, str]]:
+def skipped(measured: Sequence[str] = ()) -> list[dict[str, str]]:
     """The engines that are not measured, each with the reason."""
-    return [
-        {
-            "engine": name,
-            "reason": f"engines.kind={name} is not built yet" if find_spec(name) is not None else "not installed",
-        }
-        for name in SERVERS
-    ]
+    reason = "a server; `--engines` measures it where `make engines` has been run"
+    return [{"engine": name, "reason": reason} for name in SERVERS if name not in measured]
 
 
 def _check(name: str, generated: int, expected: int) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from benchmarks.output import document, save_figure, write_json
+from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.pd.cases import (
     CASES,
     ENGINES,
@@ -23,7 +22,7 @@ from benchmarks.pd.cases import (
     settings_of,
     write_prefixes,
 )
-from benchmarks.pd.display import figure_of, table_of
+from benchmarks.pd.display import TABLE_WIDTH, figure_of, table_of
 from benchmarks.pd.measure import PdRow, measure
 from benchmarks.pd.words import best_split, sentences, summary, verdict_of
 from orchestrator.composition import ConfigError
@@ -90,7 +89,8 @@ def run_cases(
 @click.option("--engines", type=int, help=f"[default: {ENGINES}; torch: 2]")
 @click.option("--split", "splits", help="PREFILL:DECODE, several with commas. [default: 1:7 to 4:4]")
 @click.option("--auto/--no-auto", default=True, show_default=True, help="Measure roles by load as well.")
-@click.option("--steps", type=click.IntRange(min=1), default=4, show_default=True, help="Steps measured.")
+@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Steps measured.")
+@click.option("--quick", is_flag=True, help="Two steps and two splits: a look, no measurement.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="key=value of the modelled configuration; may be repeated.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here.")
@@ -99,6 +99,11 @@ def run_cases(
 )
 def pd(engine: str, json_path: Path | None, figure_path: Path | None, **options: Any) -> None:
     """Measure what engines of their own for prefill and decode do to requests and steps, at equal resources."""
+    if options.pop("quick"):
+        options |= {
+            "steps": 2,
+            "splits": options["splits"] or _first_splits(options["engines"] or (2 if engine == "torch" else ENGINES)),
+        }
     try:
         if engine == "torch":
             from benchmarks.pd.real import run_real
@@ -110,9 +115,13 @@ def pd(engine: str, json_path: Path | None, figure_path: Path | None, **options:
         raise click.ClickException(str(error)) from error
 
 
+def _first_splits(engines: int) -> str:
+    return ",".join(layout.split for layout in default_splits(engines)[:2])
+
+
 def run_modelled(options: dict[str, Any], json_path: Path | None, figure_path: Path | None) -> None:
     """Simulate, print tables and what they say, write files. Raises ConfigError, SimulationStalled."""
-    console = Console()
+    console = table_console(TABLE_WIDTH)
     engines: int = options["engines"] or ENGINES
     cases = cases_of(options["suites"], options["kv"])
     layouts = layouts_of(options["splits"], engines, options["auto"])

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks.pd.measure import PdRow
 
+TABLE_WIDTH = 190
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#222222")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.output import document, save_figure, write_json
+from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.pd.cases import Layout, default_splits, parse_splits
 from experience.wire import decode
 from rollout_workers.disaggregation.client import PairedEngineClient
@@ -34,6 +34,7 @@ LIMIT_S = 300.0
 """How long engines may take to start, or a batch to end."""
 VOCABULARY = 256
 MAX_LEN = 1024
+TABLE_WIDTH = 170
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,10 @@ class _Fleet:
 
 def run_real(options: dict[str, Any], json_path: Path | None, figure_path: Path | None) -> None:
     """`millrace bench pd --engine torch`. Raises ConfigError."""
-    from rich.console import Console
-
     engines = options["engines"] or 2
     splits = parse_splits(options["splits"], engines) if options["splits"] else default_splits(engines)
     rows = measure_real(LOADS, [Layout(), *splits], engines, options["steps"], options["seed"])
-    console = Console()
+    console = table_console(TABLE_WIDTH)
     console.print(table_of(rows))
     lines = words_of(rows)
     for line in lines:
@@ -214,9 +213,9 @@ async def _start(load: RealLoad, layout: Layout, engines: int, model: Path) -> _
             handles.append(handle)
             await handle.load.remote(str(model), "float32", 1, 0)
             if layout.prefill:
-                client.add_paired_engine(name, RayEngineHandle(handle), role, (await handle.kv_place.remote())[1])
+                client.add_paired_engine(name, RayEngineHandle(handle, name), role, (await handle.kv_place.remote())[1])
             else:
-                client.add_engine(name, RayEngineHandle(handle))
+                client.add_engine(name, RayEngineHandle(handle, name))
     return _Fleet(layout, client, handles)
 
 

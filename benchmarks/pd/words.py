@@ -9,6 +9,8 @@ from benchmarks.pd.measure import PdRow
 
 NOTABLE = 0.05
 """Differences below this share are not worth a word."""
+QUEUES = 0.25
+"""Share of its time from which on an engine is busy enough for a queue."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _reasons(mixed: PdRow, split: PdRow, helps: Sequence[str], hurts: Sequence[s
     assert split.split is not None
     prefill, decode = (int(count) for count in split.layout.split(":"))
     engines, reasons = prefill + decode, []
-    if any("between tokens" in one for one in helps):
+    if any("between tokens" in one for one in helps) and mixed.prompt_share >= NOTABLE:
         reasons.append(
             f"mixed engines spend {mixed.prompt_share:.0%} of their work on prompts, in the steps of the sequences that "
             f"decode, so their slowest tokens take {mixed.inter_token_p99_ms / mixed.inter_token_p50_ms:.1f} times the median; "
@@ -135,10 +137,7 @@ def _reasons(mixed: PdRow, split: PdRow, helps: Sequence[str], hurts: Sequence[s
             f"{decode} engines decode what {engines} decoded: {split.decoding:.0f} sequences each instead of {mixed.decoding:.0f}"
         )
     if any(one.startswith("first token") for one in hurts):
-        reasons.append(
-            f"prompts queue at {prefill} prefill engines that are busy {split.split.prefill_busy:.0%} of the time, where "
-            f"{engines} took them before"
-        )
+        reasons.append(_why_first_tokens_wait(prefill, engines, split.split.prefill_busy))
     if any(one.startswith("first token") for one in helps):
         reasons.append(
             "a prompt is computed by an engine that decodes nothing beside it, instead of sharing steps with "
@@ -150,9 +149,18 @@ def _reasons(mixed: PdRow, split: PdRow, helps: Sequence[str], hurts: Sequence[s
             f"sessions are evicted for each sampled token (mixed {mixed.evicted_per_sampled:.1f}), and "
             f"{split.computed_per_sampled:.1f} prompt tokens are computed for each (mixed {mixed.computed_per_sampled:.1f})"
         )
-    elif split.computed_per_sampled > mixed.computed_per_sampled * (1 + NOTABLE):
+    elif split.computed_per_sampled > mixed.computed_per_sampled * (1 + NOTABLE) + NOTABLE:
         reasons.append(
             f"prefill engines compute answers again that decode engines made: {split.computed_per_sampled:.2f} prompt tokens for "
             f"each sampled one (mixed {mixed.computed_per_sampled:.2f})"
         )
     return reasons
+
+
+def _why_first_tokens_wait(prefill: int, engines: int, busy: float) -> str:
+    if busy >= QUEUES:
+        return f"prompts queue at {prefill} prefill engines that are busy {busy:.0%} of the time, where {engines} took them before"
+    return (
+        f"all prompts go to {prefill} prefill engines; busy {busy:.0%} of the time, so they do not wait for one another but for "
+        "an engine that switches weights, as new episodes begin when a version arrives"
+    )

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.output import document, save_figure, write_json
+from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.routing.closed_loop import Case, ClosedLoop, Measured
 from benchmarks.routing.engines import IdealEngines, ModelledEngines
 from env_pool.workloads.scripts import SUITES
@@ -27,6 +27,7 @@ POLICIES = {
     "prefix-aware": RoutingPolicy(),
 }
 """By name; the last one is what runs use."""
+TABLE_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
     """In flight, for each engine."""
     group_size: int = 8
     policies: tuple[str, ...] = tuple(POLICIES)
-    minutes: float = 60.0
+    minutes: float = 30.0
     """Measured, after half as many to warm up."""
     seed: int = 0
 
@@ -193,7 +194,7 @@ def _footer(result: dict[str, Any], console: Console) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Prefix reuse against the imbalance of requests over ten minutes, a panel for each number of engines and workers."""
+    """Prefix reuse against the imbalance of sessions and of requests, a column for each number of engines and workers."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -201,19 +202,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in result["results"] if row["told"]]
     panels = list(dict.fromkeys((row["suite"], row["engines"], row["workers"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.0), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for row in rows:
-            if (row["suite"], row["engines"], row["workers"]) == panel:
-                axis.plot(
-                    [row["imbalance"]["requests"]["ten_minutes"]], [100 * row["affinity"]], "o", label=row["policy"]
-                )
-        axis.axhline(99, color="grey", linewidth=0.6)
-        axis.axvline(1.1, color="grey", linewidth=0.6)
-        axis.set_xlabel("max/mean requests in flight over ten minutes")
-        axis.set_ylabel("prefix reuse, % of the possible")
-        axis.set_title(f"{panel[0]}, {panel[1]} engines, workers: {panel[2]}")
-    axes[0][-1].legend(fontsize="small")
+    measures = {
+        "sessions": ("moment", "sessions at one moment"),
+        "requests": ("ten_minutes", "requests over 10 minutes"),
+    }
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6.4), squeeze=False, sharey="col")
+    for line, (measure, (window, words)) in zip(axes, measures.items(), strict=True):
+        for axis, panel in zip(line, panels, strict=True):
+            for row in rows:
+                if (row["suite"], row["engines"], row["workers"]) == panel:
+                    x = row["imbalance"][measure][window]
+                    axis.plot([x], [100 * row["affinity"]], "o", label=row["policy"])
+            axis.axhline(99, color="grey", linewidth=0.6)
+            axis.axvline(1.1, color="grey", linewidth=0.6)
+            axis.set_xlabel(f"max/mean {words}")
+            axis.set_ylabel("prefix reuse, % of the possible")
+            axis.set_title(f"{panel[0]}, {panel[1]} engines, workers: {panel[2]}", fontsize="small")
+    axes[0][-1].legend(fontsize="small", loc="center right")
     figure.tight_layout()
     save_figure(path, figure)
     plt.close(figure)
@@ -266,7 +271,7 @@ def _names(text: str, known: Sequence[str], name: str) -> tuple[str, ...]:
 @click.option("--episodes", default=32, show_default=True, help="Episodes in flight, for each engine.")
 @click.option("--policies", default="all", show_default=True, help="Separated by semicolons.")
 @click.option(
-    "--minutes", default=60.0, show_default=True, help="Modelled minutes, after as many or half of them to warm up."
+    "--minutes", default=30.0, show_default=True, help="Modelled minutes, after as many or half of them to warm up."
 )
 @click.option(
     "--adaptive", is_flag=True, help="Adaptive concurrency against fixed numbers of episodes, with little KV."
@@ -295,7 +300,7 @@ def routing(
     if adaptive:
         found = AdaptiveSettings(chosen[0], kv_tokens=kv_tokens, minutes=minutes, seed=seed)
         result = run_adaptive(found)
-        show_adaptive(result, Console())
+        show_adaptive(result, table_console(TABLE_WIDTH))
     else:
         settings = Settings(
             suites=chosen,
@@ -307,7 +312,7 @@ def routing(
             seed=seed,
         )
         result = run(settings)
-        show(result, Console())
+        show(result, table_console(TABLE_WIDTH))
     if json_path is not None:
         write_json(json_path, result)
     if figure is not None:

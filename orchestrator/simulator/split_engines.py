@@ -94,6 +94,8 @@ class SplitEngines(Engines):
         self._complete = False
         """All engines of the beginning are there: before, a request would meet roles that nobody has taken yet."""
         self._told = (0.0, 0.0, 0.0, 0.0)
+        self._handed: dict[str, float] = {}
+        """Tokens that decode engines lacked and got, by the engine that sent them."""
 
     def join(self, name: str, version: int) -> None:
         index = int(name.removeprefix("engine-").partition(".")[0])
@@ -252,6 +254,7 @@ class SplitEngines(Engines):
         self._links[link] = arrives_at
         self.counts.handed_over += 1
         self.counts.moved_tokens += missing
+        self._handed[name] = self._handed.get(name, 0.0) + missing
         self.counts.exposed_s += arrives_at - now
         request.moving, request.replica = True, ""
         trip = request.trip
@@ -314,6 +317,8 @@ class SplitEngines(Engines):
             backlog_tokens=sum(unit.backlog_tokens for unit in units),
             prefilled_tokens=sum(unit.prefilled_tokens for unit in units),
             prefill_s=sum(unit.seconds(self._loop.now).get(Cause.PREFILL, 0.0) for unit in units),
+            handed_tokens=self._handed.get(name, 0.0),
+            local_cost=cost.local_prefill_cost,
             decoding=sum(unit.decoding for unit in units),
             slots=cost.slots * len(units),
             half_concurrency=cost.half_concurrency * len(units),

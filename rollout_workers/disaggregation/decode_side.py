@@ -17,7 +17,7 @@ from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.disaggregation.counters import KvCounters
 from rollout_workers.disaggregation.handoff import Handoff, HandoffError, HandoffState, Reason
 from rollout_workers.disaggregation.link import KvLink, KvListener
-from rollout_workers.disaggregation.messages import Announce, Answer, Cancel, Credit, End, Message, Piece
+from rollout_workers.disaggregation.messages import Announce, Answer, Cancel, Credit, End, Message, Piece, Written
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class _Incoming:
     handoff: Handoff
     link: KvLink
     began_at: float
+    slot: int | None = None
+    """The prefill engine writes into this slot; None: pieces come through the ring."""
     request: GenerateRequest | None = None
     """Waits for it."""
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -59,8 +61,11 @@ class DecodeSide:
         self._loop = asyncio.get_running_loop()
         self._incoming: dict[str, _Incoming] = {}
         """By hand-off."""
+        self._lent: dict[str, tuple[KvLink, int]] = {}
+        """The slots that prefill engines write into, by hand-off: until its end or that of the connection."""
         self._memory: dict[KvLink, Tensor] = {}
-        self._listener = KvListener(host, engine.kv.layout, self.on_message, self.on_lost)
+        place = engine.kv.place if config.direct else None
+        self._listener = KvListener(host, engine.kv.layout, place, self.on_message, self.on_lost)
 
     @property
     def address(self) -> str:
@@ -112,6 +117,8 @@ class DecodeSide:
         match message:
             case Announce():
                 self._announced(link, message)
+            case Written():
+                self._written(message)
             case Piece():
                 self._take(link, message)
                 link.send(Credit(message.offset))
@@ -125,6 +132,8 @@ class DecodeSide:
     def on_lost(self, link: KvLink, error: Exception) -> None:
         """A prefill engine is gone. What came of its KV stays good."""
         self._memory.pop(link, None)
+        for handoff_id in [each for each, (lender, _) in self._lent.items() if lender is link]:
+            self._give_back(handoff_id)
         cut = [each for each in self._incoming.values() if each.link is link and each.handoff.open]
         logger.log(
             logging.WARNING if cut else logging.INFO,
@@ -137,6 +146,7 @@ class DecodeSide:
             self._give_up(incoming, Reason.LOST)
 
     def _cancelled(self, cancel: Cancel) -> None:
+        self._give_back(cancel.handoff_id)
         incoming = self._incoming.get(cancel.handoff_id)
         if incoming is None:
             return
@@ -155,13 +165,17 @@ class DecodeSide:
             return
         handoff = Handoff(announce.handoff_id, announce.version, len(announce.prompt) // 4)
         handoff.accepted(room)
-        self._incoming[announce.handoff_id] = _Incoming(announce.session, handoff, link, self._loop.time())
-        link.send(Answer(announce.handoff_id, have=room))
+        slot = self._engine.kv.lend(announce.session) if link.greeting.direct else None
+        if slot is not None:
+            self._lent[announce.handoff_id] = (link, slot)
+        incoming = _Incoming(announce.session, handoff, link, self._loop.time(), slot)
+        self._incoming[announce.handoff_id] = incoming
+        link.send(Answer(announce.handoff_id, have=room, slot=slot))
 
     def _room(self, announce: Announce) -> int | Reason:
         """How much of it is here already, or why it is not wanted."""
         request, served = _request_of(announce), self._engine.weights
-        if request is None:
+        if request is None or announce.handoff_id in self._lent:
             return Reason.DAMAGED
         fits = served.version == announce.version if announce.pin is None else announce.pin in served.pinned
         return self._engine.kv.expect(request) if fits else Reason.VERSION
@@ -172,13 +186,7 @@ class DecodeSide:
         if incoming is None or not incoming.handoff.streaming:
             return  # the answer that says so is on its way
         kv = self._engine.kv
-        try:
-            incoming.handoff.moved(piece.start, piece.end, piece.version, piece.nbytes)
-            if piece.nbytes != (piece.end - piece.start) * kv.token_bytes:
-                raise HandoffError(f"{piece.end - piece.start} tokens in {piece.nbytes} bytes")
-        except HandoffError as error:
-            logger.error("%s: %s", link.peer, error)
-            self._refuse(incoming, Reason.DAMAGED)
+        if not self._moved(incoming, piece):
             return
         if link not in self._memory:
             self._memory[link] = torch.frombuffer(link.ring.buffer, dtype=torch.uint8, offset=link.ring.offset)
@@ -188,7 +196,38 @@ class DecodeSide:
             return
         self._counters.received_bytes += piece.nbytes
 
+    def _written(self, part: Written) -> None:
+        """A prefill engine has written into a slot."""
+        incoming = self._incoming.get(part.handoff_id)
+        if incoming is None or not incoming.handoff.streaming or not self._moved(incoming, part):
+            return
+        kv, slot = self._engine.kv, incoming.slot
+        if slot is None or not kv.written(incoming.session, slot, part.start, part.end, part.oldest):
+            self._refuse(incoming, Reason.DROPPED)
+            return
+        self._counters.received_bytes += part.nbytes
+
+    def _moved(self, incoming: _Incoming, part: Piece | Written) -> bool:
+        """Whether this is what comes next; the hand-off ends if it is not."""
+        try:
+            incoming.handoff.moved(part.start, part.end, part.version, part.nbytes)
+            if part.nbytes != (part.end - part.start) * self._engine.kv.token_bytes:
+                raise HandoffError(f"{part.end - part.start} tokens in {part.nbytes} bytes")
+        except HandoffError as error:
+            logger.error("%s: %s", incoming.link.peer, error)
+            self._refuse(incoming, Reason.DAMAGED)
+            return False
+        return True
+
+    def _give_back(self, handoff_id: str) -> None:
+        """The prefill engine writes no more for this hand-off."""
+        link_and_slot = self._lent.pop(handoff_id, None)
+        if link_and_slot is not None:
+            self._engine.kv.give_back(link_and_slot[1])
+            self._wake()
+
     def _ended(self, end: End) -> None:
+        self._give_back(end.handoff_id)
         incoming = self._incoming.get(end.handoff_id)
         if incoming is None:
             return

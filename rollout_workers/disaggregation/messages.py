@@ -4,13 +4,17 @@
 message        from        says
 =============  ==========  ===============================================================================
 ``Hello``      prefill     who is calling, and where the ring is (once, first)
-``Welcome``    decode      whether the ring is shared memory to both; ``refused``: why there is no connection
+``Welcome``    decode      whether the ring is shared memory to both, and where the KV cache is; ``refused``: why there is
+                           no connection
+``Reach``      prefill     whether it can write into that cache
 ``Announce``   prefill     a hand-off begins
-``Answer``     decode      how much of it is there already, or (at any later time) why it is not wanted
+``Answer``     decode      how much of it is there already and into which slot the rest goes, or (at any later time) why it
+                           is not wanted
+``Written``    prefill     some tokens' KV is in the slot
 ``Piece``      prefill     some tokens' KV lies in the ring; without a shared ring its bytes follow the frame
 ``Credit``     decode      the oldest piece was taken in: its place in the ring is free
-``End``        prefill     that was all
-``Cancel``     prefill     no more will come
+``End``        prefill     that was all; the slot is not written into any more
+``Cancel``     prefill     no more will come, nor be written; the answer to every refusal, too
 =============  ==========  ===============================================================================
 """
 
@@ -19,6 +23,8 @@ from __future__ import annotations
 import struct
 
 import msgspec
+
+from rollout_workers.disaggregation.cache_memory import CachePlace
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME = 16 << 20
@@ -43,6 +49,11 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     shared: bool = False
     refused: str = ""
+    cache: CachePlace | None = None
+
+
+class Reach(msgspec.Struct, frozen=True, tag="reach"):
+    cache: bool
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce"):
@@ -65,6 +76,18 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     have: int = 0
     refused: str = ""
     """A `Reason`; empty: accepted."""
+    slot: int | None = None
+    """KV is written into this slot; None: it goes through the ring."""
+
+
+class Written(msgspec.Struct, frozen=True, tag="written"):
+    handoff_id: str
+    start: int
+    end: int
+    nbytes: int
+    version: int
+    oldest: int
+    """As of a `Piece`."""
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece"):
@@ -93,7 +116,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     reason: str
 
 
-Message = Hello | Welcome | Announce | Answer | Piece | Credit | End | Cancel
+Message = Hello | Welcome | Reach | Announce | Answer | Written | Piece | Credit | End | Cancel
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from rollout_workers.disaggregation.config import HandoffConfig
 from rollout_workers.disaggregation.counters import KvCounters
-from rollout_workers.disaggregation.handoff import Handoff, HandoffState, Reason
+from rollout_workers.disaggregation.handoff import Handoff, Reason
 from rollout_workers.disaggregation.link import KvLink, dial
 from rollout_workers.disaggregation.messages import (
     Announce,
@@ -28,44 +24,16 @@ from rollout_workers.disaggregation.messages import (
     KvLinkError,
     Message,
     Piece,
+    Written,
 )
+from rollout_workers.disaggregation.outgoing import Line, Outgoing, common_prefix, handed_over
 from rollout_workers.disaggregation.ring_space import ALIGNMENT, RingSpace
-from rollout_workers.engines.protocol import FinishReason, GenerateRequest, KvTarget, TokenChunk
+from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 
 if TYPE_CHECKING:
     from rollout_workers.engines.torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Line:
-    """The connection to one decode engine."""
-
-    link: KvLink
-    space: RingSpace
-    memory: Tensor | None = None
-    """uint8, the ring; known when the other side has answered."""
-
-
-@dataclass
-class _Outgoing:
-    """One request whose KV goes out."""
-
-    request: GenerateRequest
-    target: KvTarget
-    handoff: Handoff
-    line: _Line
-    before: int
-    """Tokens that its session had here when it came."""
-    announced: bool = False
-    ending: TokenChunk | None = None
-    """Its one token, reported when all KV is across."""
-    over: bool = False
-    """The request has ended here; the KV is for the session's next turn."""
-    blocked_since: float | None = None
-    """Since when the decode side is waited for."""
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class PrefillSide:
@@ -88,13 +56,14 @@ class PrefillSide:
         self._deliver = deliver
         self._wake = wake
         self._loop = asyncio.get_running_loop()
-        self._lines: dict[str, _Line] = {}
-        self._outgoing: dict[str, _Outgoing] = {}
+        self._lines: dict[str, Line] = {}
+        self._outgoing: dict[str, Outgoing] = {}
         """By request."""
         ring = config.ring_mb << 20
         # At least three pieces fit into a ring, so that one fills while another empties.
         self._piece_tokens = max(1, min(config.piece_kb << 10, ring // 4) // engine.kv.token_bytes)
         self._ring_bytes = max(ring, 3 * (engine.kv.token_bytes + ALIGNMENT))
+        self._burst_tokens = max(1, ring // engine.kv.token_bytes)
 
     @property
     def open(self) -> int:
@@ -117,7 +86,7 @@ class PrefillSide:
         before, idle = engine.kv.computed(request.session_id), not engine.has_work
         engine.submit(msgspec.structs.replace(request, max_tokens=1, kv_target=None))
         handoff = self._new_handoff(request)
-        out = self._outgoing[request.request_id] = _Outgoing(request, target, handoff, line, before)
+        out = self._outgoing[request.request_id] = Outgoing(request, target, handoff, line, before)
         if idle:
             self._announce(out)
 
@@ -158,14 +127,14 @@ class PrefillSide:
 
     # ------------------------------------------------------------------------------------------------------ the request
 
-    def _ended(self, out: _Outgoing, chunk: TokenChunk) -> list[TokenChunk]:
+    def _ended(self, out: Outgoing, chunk: TokenChunk) -> list[TokenChunk]:
         """The engine's last chunk of the request: what goes to the client of it, now."""
         reason = chunk.finish_reason
         goes_on = reason is FinishReason.LENGTH and out.request.max_tokens > 1
         if out.handoff.reason is not None:
             self._forget(out)
             given_up = goes_on or (reason is FinishReason.ABORT and out.handoff.reason is not Reason.RELEASED)
-            return [_handed_over(chunk, out.handoff.reason) if given_up else chunk]
+            return [handed_over(chunk, out.handoff.reason) if given_up else chunk]
         if goes_on:
             self._engine.kv.hold(out.request.session_id)
             out.ending = chunk
@@ -178,17 +147,16 @@ class PrefillSide:
             self._fail(out, Reason.ABORTED)
         return [chunk]
 
-    def _fail(self, out: _Outgoing, reason: Reason) -> None:
+    def _fail(self, out: Outgoing, reason: Reason) -> None:
         """Give the hand-off up. Its request, if it goes on, is handed over without its KV."""
         handoff = out.handoff
-        told = handoff.state is HandoffState.REFUSED or reason is Reason.LOST
         handoff.cancel(reason)
         self._counters.handoffs_failed += 1
         logger.info("hand-off %s to %s: %s", handoff.handoff_id, out.target.engine, handoff.reason)
-        if out.announced and not told:
+        if out.announced and reason is not Reason.LOST:  # even if it was refused: nothing is written from now on
             out.line.link.send(Cancel(handoff.handoff_id, reason.value))
         if out.ending is not None:
-            self._deliver([_handed_over(out.ending, handoff.reason)])
+            self._deliver([handed_over(out.ending, handoff.reason)])
         if out.ending is not None or out.over:
             self._forget(out)
             return
@@ -196,10 +164,10 @@ class PrefillSide:
         self._pump_followers(out)
         self._wake()
 
-    def _of_session(self, session: str) -> list[_Outgoing]:
+    def _of_session(self, session: str) -> list[Outgoing]:
         return [out for out in self._outgoing.values() if out.request.session_id == session]
 
-    def _forget(self, out: _Outgoing) -> None:
+    def _forget(self, out: Outgoing) -> None:
         if out.timer is not None:
             out.timer.cancel()
         if self._outgoing.get(out.request.request_id) is out:
@@ -209,7 +177,7 @@ class PrefillSide:
 
     # ----------------------------------------------------------------------------------------------------------- the KV
 
-    def _announce(self, out: _Outgoing) -> None:
+    def _announce(self, out: Outgoing) -> None:
         request, handoff = out.request, out.handoff
         out.announced = True
         self._wait(out)
@@ -225,7 +193,7 @@ class PrefillSide:
             )
         )
 
-    def _pump(self, out: _Outgoing) -> None:
+    def _pump(self, out: Outgoing) -> None:
         kv, session = self._engine.kv, out.request.session_id
         if not out.announced and out.handoff.open:
             out.handoff = self._new_handoff(out.request)  # an update while it waited changes nothing yet
@@ -243,16 +211,19 @@ class PrefillSide:
         if not handoff.streaming:
             return
         before = handoff.position
-        while handoff.position < computed and self._send_piece(out, computed):
-            out.blocked_since = None
+        if out.slot is not None:
+            self._write(out, out.slot, computed)
+        else:
+            while handoff.position < computed and self._send_piece(out, computed):
+                out.blocked_since = None
         if handoff.position > before:
             self._pump_followers(out)
-        if handoff.position < computed:
+        if handoff.position < computed and out.slot is None:
             self._wait(out)
         elif handoff.position == handoff.total and finished:
             self._finish(out)
 
-    def _follows(self, out: _Outgoing) -> bool:
+    def _follows(self, out: Outgoing) -> bool:
         """Whether a sibling is sending the beginning of the same prompt to the same engine, where it can be shared."""
         request = out.request
         return bool(request.prefix_group) and any(
@@ -261,18 +232,18 @@ class PrefillSide:
             and other.line is out.line
             and other.request.prefix_group == request.prefix_group
             and other.request.pinned_version == request.pinned_version
-            and other.handoff.position < _common_prefix(other.request.prompt, request.prompt)
+            and other.handoff.position < common_prefix(other.request.prompt, request.prompt)
             for other in self._outgoing.values()
         )
 
-    def _pump_followers(self, leader: _Outgoing) -> None:
+    def _pump_followers(self, leader: Outgoing) -> None:
         """A sibling has sent some of its prompt, or sends no more."""
         if group := leader.request.prefix_group:
             for out in list(self._outgoing.values()):
                 if not out.announced and out.request.prefix_group == group:
                     self._pump(out)
 
-    def _send_piece(self, out: _Outgoing, computed: int) -> bool:
+    def _send_piece(self, out: Outgoing, computed: int) -> bool:
         """Copy some tokens' KV into the ring and tell. False: there is no room yet."""
         kv, handoff, line = self._engine.kv, out.handoff, out.line
         start = handoff.position
@@ -291,12 +262,33 @@ class PrefillSide:
         self._counters.sent_bytes += nbytes
         return True
 
-    def _finish(self, out: _Outgoing) -> None:
+    def _write(self, out: Outgoing, slot: int, computed: int) -> None:
+        """Copy some tokens' KV to its place at the decode engine and tell. What is left then goes a little later, so that
+        the event loop has its turns."""
+        kv, handoff, link = self._engine.kv, out.handoff, out.line.link
+        start, session = handoff.position, out.request.session_id
+        end = min(computed, start + self._burst_tokens)
+        if link.cache is None or end <= start:
+            return
+        nbytes = kv.copy_across(session, start, end, link.cache, slot)
+        link.send(Written(handoff.handoff_id, start, end, nbytes, handoff.version, kv.oldest(session)))
+        handoff.moved(start, end, handoff.version, nbytes)
+        self._counters.sent_bytes += nbytes
+        if end < computed and not out.goes_on:
+            out.goes_on = True
+            self._loop.call_soon(self._go_on, out)
+
+    def _go_on(self, out: Outgoing) -> None:
+        out.goes_on = False
+        if self._outgoing.get(out.request.request_id) is out:
+            self._pump(out)
+
+    def _finish(self, out: Outgoing) -> None:
         out.handoff.finish()
         self._counters.handoffs += 1
         out.line.link.send(End(out.handoff.handoff_id, wanted=out.ending is not None))
         if out.ending is not None:
-            self._deliver([_handed_over(out.ending, None)])
+            self._deliver([handed_over(out.ending, None)])
         self._forget(out)
 
     # ------------------------------------------------------------------------------------------------- the decode side
@@ -320,13 +312,21 @@ class PrefillSide:
         for out in [out for out in self._outgoing.values() if out.line.link is link]:
             self._fail(out, Reason.LOST)
 
-    def _answered(self, out: _Outgoing, answer: Answer) -> None:
+    def _answered(self, out: Outgoing, answer: Answer) -> None:
         out.blocked_since = None
         if answer.refused:
             reason = Reason(answer.refused) if answer.refused in set(Reason) else Reason.DAMAGED
             out.handoff.refused(reason)
             self._fail(out, reason)
             return
+        cache = out.line.link.cache
+        if answer.slot is not None and not (
+            cache is not None and 0 <= answer.slot < cache.slots and out.handoff.total <= cache.max_len
+        ):
+            logger.error("%s: slot %d is none of its cache", out.line.link.peer, answer.slot)
+            self._fail(out, Reason.DAMAGED)
+            return
+        out.slot = answer.slot
         out.handoff.accepted(min(answer.have, out.handoff.total))
         self._pump(out)
 
@@ -344,7 +344,7 @@ class PrefillSide:
                 out.blocked_since = None
                 self._pump(out)
 
-    def _line(self, address: str) -> _Line:
+    def _line(self, address: str) -> Line:
         """The connection to an address, made on first use."""
         line = self._lines.get(address)
         if line is None:
@@ -353,20 +353,21 @@ class PrefillSide:
                 self._engine.kv.layout,
                 self._ring_bytes,
                 self._config.transport,
+                self._engine.kv.tensors() if self._config.direct else None,
                 self.on_message,
                 self.on_lost,
             )
-            line = self._lines[address] = _Line(link, RingSpace(self._ring_bytes))
+            line = self._lines[address] = Line(link, RingSpace(self._ring_bytes))
         return line
 
-    def _wait(self, out: _Outgoing) -> None:
+    def _wait(self, out: Outgoing) -> None:
         """From now on the decode side is waited for, but not for ever."""
         if out.blocked_since is None:
             out.blocked_since = self._loop.time()
         if out.timer is None:
             out.timer = self._loop.call_later(self._config.timeout_s, self._check, out)
 
-    def _check(self, out: _Outgoing) -> None:
+    def _check(self, out: Outgoing) -> None:
         out.timer = None
         if not out.handoff.open or out.blocked_since is None:
             return
@@ -381,18 +382,3 @@ class PrefillSide:
             self._config.timeout_s,
         )
         self._fail(out, Reason.LATE)
-
-
-def _common_prefix(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
-    most = min(len(one), len(other))
-    differs = np.flatnonzero(one[:most] != other[:most])
-    return int(differs[0]) if len(differs) else most
-
-
-def _handed_over(chunk: TokenChunk, reason: Reason | None) -> TokenChunk:
-    """``chunk`` as the last that this engine reports; ``reason``: why its KV did not get across."""
-    return msgspec.structs.replace(
-        chunk,
-        finish_reason=FinishReason.HANDED_OVER,
-        error=None if reason is None else reason.value,
-    )

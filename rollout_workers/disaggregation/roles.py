@@ -5,7 +5,10 @@ yield. The KV of sessions that wait for tools is part of that: a flip to prefill
 not fit any more is computed again.
 
 An engine flips when the best division promises at least ``gain`` more turns and the flip is a step there that gains, when the
-engine has kept its role for a while, when the last flip has shown its effect, and never when it is the last of its role.
+engine has kept its role for a while, when the last flip has shown its effect, and never when it is the last of its role. A flip
+that takes back the last one needs loads averaged for longer, the longer the more often that happened, and the promise that was
+not kept must be surpassed before it is believed again: loads with heavy tails go up and down over any window, every model is
+wrong somewhere, and each flip costs KV that is computed again.
 """
 
 from __future__ import annotations
@@ -14,10 +17,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rollout_workers.disaggregation.circulation import Circulation
+from rollout_workers.disaggregation.circulation import SATURATED, Circulation
+from rollout_workers.disaggregation.role_trust import FlipTrust
 from rollout_workers.engines.protocol import EngineRole
 
 __all__ = ["Decision", "Flip", "RoleController", "RoleLoad", "RolePolicy"]
+
+LONGEST_WINDOWS = 10.0
+"""Windows over which loads are averaged at most."""
+LEAST_USEFUL, MOST_USEFUL = 0.05, 4.0
+"""Tokens handed over for each token that engines to prefill compute, as far as that is believed."""
 
 
 @dataclass
@@ -71,6 +80,10 @@ class RoleLoad:
     """So far."""
     prefill_s: float = 0.0
     """Seconds spent on it so far."""
+    handed_tokens: float | None = None
+    """Prompt tokens that it handed to engines that lacked them so far, if known."""
+    local_cost: float = 1.0
+    """Seconds of decoding that a second of prompts costs an engine that decodes: less than 1 where both share steps."""
     decoding: float = 0
     """Sequences that decode."""
     slots: float = math.inf
@@ -131,7 +144,11 @@ class _Averages:
     values: dict[str, float] = field(default_factory=dict)
 
     def add(self, now: float, window_s: float, values: dict[str, float]) -> None:
-        """``values`` held since the last call. The first ones count fully, as nothing is known before."""
+        """``values`` held since the last call. The first ones count fully, as nothing is known before.
+
+        The longer nothing has changed, the longer they are averaged: else any window will once look like a reason to flip.
+        """
+        window_s = min(LONGEST_WINDOWS * window_s, max(window_s, (now - self.began_at) / 2))
         weight = 1.0 if not self.values else 1.0 - math.exp(-(now - self.at) / window_s)
         for name, value in values.items():
             before = self.values.get(name, value)
@@ -152,6 +169,9 @@ class RoleController:
         self._pending: dict[str, tuple[EngineRole, float]] = {}
         self._averages: _Averages | None = None
         self._last_flip = -math.inf
+        self._trust = FlipTrust(policy.gain, policy.window_s)
+        self._patience = 1.0
+        """How long queues were when engines to prefill last had no time (see `Circulation.patience`)."""
         self.flips = 0
         """How many were decided."""
 
@@ -213,15 +233,18 @@ class RoleController:
 
     def _rates(self, prefill: list[RoleLoad], decode: list[RoleLoad], elapsed: float) -> dict[str, float]:
         """What happened since the last call, per second, and how things stand."""
-        prefill_s = self._growth(prefill, "prefill_s")
         finished = self._growth(decode, "finished") / elapsed
         generated = self._growth(decode, "generated_tokens") / elapsed
         first_s, inter_s = _mean(prefill + decode, "first_token_s"), _mean(decode, "inter_token_s")
         queued = sum(load.queued for load in prefill + decode)
         decoding = sum(load.decoding for load in decode)
         return {
-            "prefill_s": prefill_s / elapsed,
+            "prefill_s": self._growth(prefill, "prefill_s") / elapsed,
             "prefilled": self._growth(prefill, "prefilled_tokens") / elapsed,
+            "handed": self._growth([load for load in prefill if load.handed_tokens is not None], "handed_tokens")
+            / elapsed,
+            "local_s": self._growth(decode, "prefill_s") / elapsed,
+            "local": self._growth(decode, "prefilled_tokens") / elapsed,
             "finished": finished,
             "queued": queued if first_s is None else finished * first_s,
             "decoding": decoding if inter_s is None else generated * inter_s,
@@ -235,27 +258,31 @@ class RoleController:
         """How much a cumulative counter of these engines has grown; one that began anew counts from 0."""
         grown = 0.0
         for load in loads:
-            value, before = float(getattr(load, counter)), float(getattr(self._engines[load.name].load, counter))
+            value, before = (float(getattr(one, counter) or 0.0) for one in (load, self._engines[load.name].load))
             grown += value - before if value >= before else value
         return grown
 
-    def circulation(self, decode: Sequence[RoleLoad]) -> Circulation | None:
+    def circulation(self, prefill: Sequence[RoleLoad], decode: Sequence[RoleLoad]) -> Circulation | None:
         """The network as it was measured; None while too little went round to tell."""
         if self._averages is None:
             return None
         mean = self._averages.values
-        turns, computed_s = mean.get("finished", 0.0), mean.get("prefill_s", 0.0)
+        turns = mean.get("finished", 0.0)
         if turns <= 0:
             return None
+        computed_s, computed = mean["prefill_s"] + mean["local_s"], mean["prefilled"] + mean["local"]
         wanted = mean["kv_kept"] + mean["kv_lost"]
         sessions = mean["queued"] + mean["decoding"] + mean["suspended"]
-        speed = mean["prefilled"] / computed_s if computed_s > 0 else math.inf
+        speed = computed / computed_s if computed_s > 0 and computed > 0 else math.inf
         context_s = turns * wanted / sessions / speed if sessions > 0 else 0.0
         capacity = _mean(decode, "kv_capacity") or math.inf
         # what new weights have made useless is computed again in any division; only what did not fit is not
         lost = max(0.0, min(mean["kv_lost"], wanted - len(decode) * capacity)) / wanted if wanted > 0 else 0.0
+        if mean["prefill_s"] >= SATURATED * len(prefill) and mean["decoding"] > 0:
+            self._patience = max(0.0, mean["queued"] / len(prefill) / (mean["decoding"] / len(decode)))
+        known = mean["prefilled"] > 0 and mean["handed"] > 0
         return Circulation(
-            prefill_s=max(0.0, computed_s - lost * context_s),
+            prefill_s=mean["prefill_s"],
             queued=mean["queued"],
             decoding=mean["decoding"],
             suspended=mean["suspended"],
@@ -265,12 +292,18 @@ class RoleController:
             kv_wanted=wanted,
             kv_capacity=capacity,
             context_s=context_s,
+            prefillers=len(prefill),
+            local_s=mean["local_s"],
+            useful=min(MOST_USEFUL, max(LEAST_USEFUL, mean["handed"] / mean["prefilled"])) if known else 1.0,
+            local_cost=_mean(decode, "local_cost") or 0.0,
+            patience=self._patience,
+            again=lost * context_s,
         )
 
     # What to do
 
     def _decide(self, prefill: list[RoleLoad], decode: list[RoleLoad], now: float) -> Decision:
-        measured = self.circulation(decode)
+        measured = self.circulation(prefill, decode)
         if measured is None:
             return Decision()
         m, n = len(prefill), len(decode)
@@ -278,16 +311,26 @@ class RoleController:
         if present <= 0:
             return Decision()
         turns = {prefills: measured.turns(prefills, m + n - prefills) for prefills in range(1, m + n)}
-        best = max(turns, key=lambda prefills: (turns[prefills], -abs(prefills - m)))
-        to = EngineRole.PREFILL if best > m else EngineRole.DECODE
-        towards = m + 1 if best > m else m - 1
-        gain = turns[best] / present - 1.0
-        if gain < self.policy.gain or turns[towards] <= present:
+        sides = {EngineRole.PREFILL: range(m + 1, m + n), EngineRole.DECODE: range(m - 1, 0, -1)}
+        ways = {to: side for to, side in sides.items() if side and turns[side[0]] > present}
+        if not ways:
             return Decision(refused=self._refusal(measured, m, n, present))
-        reason = self._reason(to, turns[towards] / present - 1.0, m, n)
+        to, best = max(
+            ((to, max(side, key=lambda prefills: turns[prefills])) for to, side in ways.items()),
+            key=lambda way: turns[way[1]],
+        )
+        gain = turns[best] / present - 1.0
+        assert self._averages is not None
+        rate, averaged_s = self._averages.values["finished"], now - self._averages.began_at
+        if not self._trust.allows(to, gain, rate, averaged_s, now):
+            return Decision(refused=self._refusal(measured, m, n, present))
+        reason = self._reason(to, turns[ways[to][0]] / present - 1.0, m, n)
         if abs(best - m) > 1:
             reason += f" ({best} to prefill and {m + n - best} to decode: {gain:+.1%})"
-        return self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, reason)
+        decision = self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, reason)
+        if decision.flips:
+            self._trust.flipped(to, gain, rate, now)
+        return decision
 
     def _flip(
         self, candidates: Sequence[RoleLoad], to: EngineRole, now: float, reason: str, rested_only: bool = True

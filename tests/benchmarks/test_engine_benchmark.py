@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks.engine import Workload, run
-from benchmarks.engine.command import draw, report
+from benchmarks.engine.command import draw, engine, report
 from benchmarks.engine.workloads import Arrivals, percentiles_ms
 from benchmarks.output import save_figure
+from rollout_workers.engines.servers.environment import ROOT
 
 ENGINES = {"torch engine", "model.generate", "transformers CB"}
 
@@ -35,6 +37,27 @@ def test_the_result_holds_every_contender_on_the_same_tokens(
     assert "between tokens" in capsys.readouterr().out
     save_figure(tmp_path / "engine.svg", draw(result))
     assert (tmp_path / "engine.svg").stat().st_size > 0
+
+
+@pytest.mark.engines_slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_real_server_is_measured_beside_them(kind: str) -> None:
+    if not (ROOT / f".venv-{kind}" / "READY").exists():
+        pytest.skip(f"no environment for {kind}: run `make engines`")
+    workload = Workload("ragged", 4, (2, 9), (3, 8))
+    result = run(repeats=1, latency_repeats=1, engines=[kind], workloads=(workload,))
+    (row,) = result["results"]
+    assert row["tokens_per_s"].keys() == ENGINES | {kind}
+    assert row["tokens_per_cpu_s"][kind] > 0
+    assert row["first_token_ms"][kind]["p50"] > 0
+    assert kind not in {each["engine"] for each in result["settings"]["skipped"]}
+
+
+def test_an_unknown_server_is_refused_with_the_names_of_those_there_are() -> None:
+    refused = CliRunner().invoke(engine, ["--engines", "vllm,llamafile"])
+    assert refused.exit_code != 0
+    assert "llamafile: choose from vllm, sglang" in refused.output
 
 
 def test_lengths_and_prompts_come_from_the_seed_and_stay_in_range() -> None:

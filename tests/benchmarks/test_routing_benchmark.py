@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -91,13 +92,19 @@ def test_modelled_engines_find_the_kv_that_the_router_left_there() -> None:
 
 
 def test_adaptive_concurrency_does_as_well_as_the_best_fixed_number() -> None:
-    settings = AdaptiveSettings(engines=2, episodes=(8, 24, 64), minutes=60.0)
-    rows = run_adaptive(settings)["results"]
-    fixed = {row["episodes"]: row["tokens_per_s"] for row in rows if not row["adaptive"]}
-    (adaptive,) = (row for row in rows if row["adaptive"])
-    assert fixed[24] > fixed[64]  # too much is worse: otherwise there is nothing to find
-    assert adaptive["tokens_per_s"] >= 0.95 * max(fixed.values())
-    assert adaptive["in_flight"] < 64
+    """On the mean of some seeds: near the edge of the KV a single one goes up and down by a third."""
+    rows = []
+    for seed in range(6):
+        rows += run_adaptive(AdaptiveSettings(engines=2, episodes=(8, 24, 64), minutes=120.0, seed=seed))["results"]
+    fixed: dict[int, list[float]] = {}
+    for row in rows:
+        if not row["adaptive"]:
+            fixed.setdefault(row["episodes"], []).append(row["tokens_per_s"])
+    means = {episodes: float(np.mean(rates)) for episodes, rates in fixed.items()}
+    adaptive = [row for row in rows if row["adaptive"]]
+    assert means[24] > means[64]  # too much is worse: otherwise there is nothing to find
+    assert float(np.mean([row["tokens_per_s"] for row in adaptive])) >= 0.95 * max(means.values())
+    assert all(row["in_flight"] < 64 for row in adaptive)
 
 
 def test_the_command_writes_what_it_shows(tmp_path: Path) -> None:

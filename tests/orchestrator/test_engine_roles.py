@@ -49,10 +49,10 @@ class Engines:
     async def _tell(self, method: str, *arguments: Any) -> None:
         self.calls.append(("workers", method, *arguments))
 
-    def health(self, second: float) -> dict[str, EngineHealth]:
+    def health(self, second: float, time_scale: float = 1.0) -> dict[str, EngineHealth]:
         busy = {
             "prefill_tokens": int(1000 * second),
-            "prefill_s": second,
+            "prefill_s": second / time_scale,
             "queued": 40,
             "backlog_tokens": 40_000,
         }
@@ -89,10 +89,10 @@ async def test_engines_that_have_told_nothing_yet_do_not_count() -> None:
 
 async def test_modelled_engines_are_judged_in_modelled_time() -> None:
     config = EnginesConfig(kind="synthetic", prefill=1, decode=2, roles="auto", role_policy=POLICY)
-    config.synthetic = SyntheticEngineConfig(time_scale=20.0, half_concurrency=4.0)
+    config.synthetic = SyntheticEngineConfig(accelerators=1, slots=32, time_scale=20.0, half_concurrency=4.0)
     engines = Engines(config)
     for tick in range(30):
-        await engines.shell.look(engines.health(tick), tick / 20)
+        await engines.shell.look(engines.health(tick, time_scale=20), tick / 20)
     assert len(engines.flips) == 1, "a window of ten modelled seconds is half a second"
 
 

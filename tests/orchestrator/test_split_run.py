@@ -18,12 +18,15 @@ SPLIT = [
     "engines.park_mb=8",
 ]
 
+STEPS = 120
+"""Enough that the engine which replaces the killed one still has work to do."""
+
 
 def test_a_run_with_prefill_and_decode_apart_trains_and_survives_the_loss_of_an_engine(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    arguments = ["configs/smoke.yaml", f"model.path={tiny_model}", f"run.dir={run}", *SPLIT, "run.steps=24"]
+    arguments = ["configs/smoke.yaml", f"model.path={tiny_model}", f"run.dir={run}", *SPLIT, f"run.steps={STEPS}"]
     process = MillraceProcess("train", *arguments, directory=run)
     process.wait_for_step(4)
     process.kill("engine")
@@ -31,8 +34,8 @@ def test_a_run_with_prefill_and_decode_apart_trains_and_survives_the_loss_of_an_
     summary = summary_of(run)
     assert (summary["status"], summary["actors_replaced"]) == ("finished", 1)
     assert_balanced(summary)
-    assert summary["ledger"]["trained"] == 24 * 4
-    assert len(training_lines(run)) == 24
+    assert summary["ledger"]["trained"] == STEPS * 4
+    assert len(training_lines(run)) == STEPS
     assert all(abs(line["kl/mismatch"]) < 1e-2 for line in training_lines(run) if line["lag/max"] == 0)
     assert_accounted(run)
     accounting = summary["accounting"]

@@ -116,6 +116,7 @@ def test_actor_logs_go_to_their_file_only_and_without_secrets(
 ) -> None:
     path = setup_actor_logging(run.path, "engine-0", 2, secrets=["s3cr3t-value"])
     logging.getLogger("rollout_workers").info("calling with %s", "s3cr3t-value")
+    logging.getLogger("httpx2").info("one request of thousands")
     try:
         raise RuntimeError("refused s3cr3t-value")
     except RuntimeError:
@@ -123,6 +124,7 @@ def test_actor_logs_go_to_their_file_only_and_without_secrets(
     text = path.read_text()
     assert path.name == "engine-0-2.log"
     assert "calling with" in text
+    assert "one request of thousands" not in text
     assert "Traceback" in text
     assert "s3cr3t-value" not in text
     captured = capfd.readouterr()

@@ -106,6 +106,10 @@ class Engine:
         source = self.actor if isinstance(self.actor, EngineActor) else self.actor._traffic
         return bool(source._outbox[client])
 
+    def serves(self, request_id: str) -> bool:
+        """Whether the server of such an engine still has this request, aborted or not."""
+        return isinstance(self.actor, ServerEngineActor) and request_id in self.actor._traffic.flights
+
     async def results(
         self, *requests: GenerateRequest, client: str = "suite", during: Callable[[int], None] | None = None
     ) -> list[TokenChunk]:
@@ -132,14 +136,23 @@ class Engine:
 
     async def publish(self, seed: int, kv: str = "keep", transport: str = "shared_memory") -> int:
         """Bring the weights of ``seed`` to the engine, as the learner and the fleet do."""
-        version = self.version + 1
+        await self.stage(seed, transport)
+        return await self.commit(seed, kv)
+
+    async def stage(self, seed: int, transport: str = "shared_memory") -> None:
+        """The first half: the weights are beside the served ones."""
         if transport not in self._senders:
             self._senders[transport] = make_sender(WeightsConfig(), transport)
-        sender = self._senders[transport]
+        sender, version = self._senders[transport], self.version + 1
         offer = await asyncio.to_thread(sender.prepare, version, named_weights(seed), [NAME])
         async with asyncio.timeout(PATIENCE_S):
             staged, _ = await asyncio.gather(self.actor.stage(offer), asyncio.to_thread(sender.send))
-            assert staged == version
+        assert staged == version
+
+    async def commit(self, seed: int, kv: str) -> int:
+        """The second half, for what was staged last; returns the version."""
+        version = self.version + 1
+        async with asyncio.timeout(PATIENCE_S):
             assert await self.actor.commit(version, kv) == version
         self.version = version
         self.seed_of[version] = seed

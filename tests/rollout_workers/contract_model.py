@@ -15,8 +15,10 @@ VOCABULARY = 384
 MAX_LEN = 512
 END = "<|im_end|>"
 TEXT = "the mill wheel turns while water runs over it; 7 + 5 = 12, and nobody waits for the miller to come home."
-LOUD = 16.0
-"""The first channel of every embedding, by which the head keeps the end token from being sampled."""
+LOUD, SILENCE = 1.0, 100.0
+"""The first channel of every embedding, which no layer changes, and by which the head never gives the end token."""
+SHARP = 3.0
+"""Scale of attention: what comes next depends on what was before, so that greedy answers do not repeat one token."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,9 +58,14 @@ def make_model(seed: int) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(config).to(torch.float32).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = LOUD
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.fill_(SHARP)
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
         model.lm_head.weight *= 2
         model.lm_head.weight[:, 0] = 0
-        model.lm_head.weight[tokenizer.eos_token_id, 0] = -LOUD
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = -SILENCE
     return model
 
 

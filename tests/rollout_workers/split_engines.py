@@ -78,12 +78,11 @@ class SteppedEngine:
     """An engine with its station, stepped by the test only."""
 
     def __init__(self, handoff: HandoffConfig | None = None, **settings: Any) -> None:
-        self.engine = make_engine(**({"prefill_tokens": 16} | settings))
+        handoff = handoff or HandoffConfig(timeout_s=5.0)
+        self.engine = make_engine(**({"prefill_tokens": 16, "prefill": 1, "decode": 1, "handoff": handoff} | settings))
         self.chunks: list[TokenChunk] = []
         self.wakes = 0
-        self.station = KvStation(
-            self.engine, handoff or HandoffConfig(timeout_s=5.0), "127.0.0.1", self.chunks.extend, self._wake
-        )
+        self.station = KvStation(self.engine, handoff, "127.0.0.1", self.chunks.extend, self._wake)
 
     def _wake(self) -> None:
         self.wakes += 1

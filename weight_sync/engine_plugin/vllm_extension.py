@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from weight_sync.engine_plugin.checkpoint import Shapes, checkpoint_shapes, misfit, tied
 from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
+from weight_sync.engine_plugin.vllm_seeds import spare_generators
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
 from weight_sync.transports.protocol import CollectiveOffer, decode_offer
@@ -111,6 +112,10 @@ class MillraceWorker:
             "workers": int(self.vllm_config.parallel_config.world_size),
         }
 
+    def millrace_prepare(self) -> dict[str, Any]:
+        """Make the worker fit for Millrace's requests; comes before the first of them, and again with every run."""
+        return _answer(lambda: {"changed": self.device.type == "cpu" and spare_generators(self.model_runner)})
+
     def millrace_stage(self, offer: str, member: str) -> dict[str, Any]:
         """Begin to fetch an offered version (``offer``: base64) beside the served one."""
         return _answer(lambda: {"version": self._weights().stage(base64.b64decode(offer), member)})
@@ -157,6 +162,22 @@ class MillraceWorker:
             initialize_layerwise_reload(model)
             model.load_weights(iter(tensors))
             finalize_layerwise_reload(model, self.vllm_config.model_config)
+            pack_again(model)
+
+
+def pack_again(model: torch.nn.Module) -> int:
+    """Have layers that keep a packed copy *beside* their weight make it anew; returns how many.
+
+    On a CPU the embedding does so when it is the output layer, too (tied weights), and vLLM's reload leaves that copy alone:
+    the model would read its tokens with the new weights and choose them with those that the server was started with.
+    """
+    packed = 0
+    for module in model.modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if hasattr(module, "cpu_linear") and method is not None and isinstance(weight, torch.Tensor) and weight.numel():
+            method.process_weights_after_loading(module)
+            packed += 1
+    return packed
 
 
 def sampled_tokens(model_runner: Any, vllm_config: Any) -> dict[str, int]:

@@ -67,7 +67,7 @@ async def start_server(
         launch = launch_at(port)
         server = await _start_at(adapter, launch, log, times)
         try:
-            await _until_ready(adapter, server, times.startup_timeout_s)
+            await _until_ready(adapter, server, times.startup_timeout_s, launch.model_path)
             await _identify(adapter, server.connection, launch.max_len)
         except ServerNotStarted:
             await server.close()
@@ -107,8 +107,8 @@ async def _start_at(adapter: ServerAdapter, launch: Launch, log: Path, times: Se
     return Server(connection, process)
 
 
-async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float) -> None:
-    """Probe until it answers 200; ends at once when the process does."""
+async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float, model: str = "") -> None:
+    """Probe until it answers 200; ends at once when the process does. ``model``: what it was started with."""
     process = server.process
     ended = asyncio.create_task(process.ended.wait() if process is not None else asyncio.Event().wait())
     last = ["no answer yet"]
@@ -117,7 +117,7 @@ async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float)
         async with asyncio.timeout(timeout_s):
             await asyncio.wait({ended, probing}, return_when=asyncio.FIRST_COMPLETED)
         if process is not None and ended.done():
-            raise ServerNotStarted(_explained(f"{adapter.name} did not start", process))
+            raise ServerNotStarted(_explained(f"{adapter.name} did not start with {model}", process))
         probing.result()
     except TimeoutError:
         what = f"{adapter.name} at {server.connection.url} was not ready within {timeout_s:g} s ({last[0]})"

@@ -94,7 +94,7 @@ def judge_identity(adapter: ServerAdapter, identity: ServerIdentity, url: str, m
     if identity.max_len is not None and identity.max_len < max_len:
         raise EnvironmentUnfit(
             f"the server at {url} holds sequences of at most {identity.max_len} tokens, and engines.max_len={max_len}: "
-            f"lower that, or start the server with more"
+            f"lower that, or start the server with a longer context and more KV"
         )
 
 

@@ -29,6 +29,11 @@ END_S = guardian.GIVE_UP_S + 10.0
 
 _ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception|Exit)\b\s*:\s*\S)|(?:\berror: \S)")
 _UNTELLING = re.compile(r"See root cause above|initialization failed|Failed core proc", re.IGNORECASE)
+_HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING)\b")
+_HEADING = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR [\d: -]+ )?(?:\[[^\]]*\] )?\s*")
+"""What stands before a line's message: the process, the level, the time, the place in the source."""
+_CONTINUED = re.compile(r"validation errors? for \S+$")
+"""A line whose cause stands in the next one."""
 _IN_USE = re.compile(r"address already in use|EADDRINUSE|port \S+ .{0,30}in use", re.IGNORECASE)
 _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
@@ -154,10 +159,21 @@ def log_tail(log: Path, lines: int = TAIL_LINES, since: int = 0) -> list[str]:
 
 
 def telling_line(log: Path, since: int = 0) -> str:
-    """The line near the log's end that most likely names the cause: the first error that is not a mere consequence."""
-    errors = [line.strip() for line in log_tail(log, 200, since) if _ERROR_LINE.search(line)]
-    telling = [line for line in errors if not _UNTELLING.search(line)] or errors
-    return telling[0][:400] if telling else ""
+    """What the line near the log's end says that most likely names the cause: the first error that is not a mere consequence."""
+    lines = log_tail(log, 200, since)
+    errors = [index for index, line in enumerate(lines) if _is_error(line)]
+    telling = [index for index in errors if not _UNTELLING.search(lines[index])] or errors
+    if not telling:
+        return ""
+    first = telling[0]
+    parts = lines[first : first + 2] if _CONTINUED.search(lines[first]) else lines[first : first + 1]
+    return " ".join(_HEADING.sub("", part).strip() for part in parts)[:400]
+
+
+def _is_error(line: str) -> bool:
+    """A warning may mention an error, too."""
+    found = _ERROR_LINE.search(line)
+    return found is not None and not _HARMLESS.search(line[: found.start()])
 
 
 def port_was_taken(process: ServerProcess, host: str, port: int) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
-from rollout_workers.engines.servers.adapter import ServerAnswerError
+from prometheus_client.parser import text_string_to_metric_families
 
-_SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?$")
+from rollout_workers.engines.servers.adapter import ServerAnswerError
+from rollout_workers.engines.servers.event_stream import shown
 
 
 def samples(body: bytes) -> dict[str, float]:
@@ -15,23 +15,13 @@ def samples(body: bytes) -> dict[str, float]:
 
     Raises ServerAnswerError for a page that is no metrics page.
     """
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise ServerAnswerError(f"the metrics page is no text: {error}") from None
     values: dict[str, float] = {}
-    for line in text.splitlines():
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        match = _SAMPLE.match(line)
-        if match is None:
-            raise ServerAnswerError(f"no line of a metrics page: {line[:120]!r}")
-        name, _, value = match.groups()
-        try:
-            values[name] = values.get(name, 0.0) + float(value)
-        except ValueError:
-            raise ServerAnswerError(f"metric {name} has no number: {value[:40]!r}") from None
+    try:
+        for family in text_string_to_metric_families(body.decode()):
+            for sample in family.samples:
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    except (ValueError, IndexError, KeyError) as error:  # what the library makes of pages that are none
+        raise ServerAnswerError(f"no metrics page ({error}): {shown(body)}") from None
     return values
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rollout_workers.engines.config import SERVERS, EnginesConfig
 from rollout_workers.engines.servers.adapter import ServerAdapter
-from rollout_workers.engines.sglang.config import SglangConfig
-from rollout_workers.engines.vllm.config import VllmConfig
+from rollout_workers.engines.servers.settings import ServerConfig
 
 
 def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) -> ServerAdapter:
@@ -24,6 +23,6 @@ def make_adapter(config: EnginesConfig, model_path: str | Path | None = None) ->
     raise ValueError(f"engines.kind={config.kind} is no server; servers are {', '.join(SERVERS)}")
 
 
-def server_settings(config: EnginesConfig) -> VllmConfig | SglangConfig:
+def server_settings(config: EnginesConfig) -> ServerConfig:
     """The settings of the kind of server that ``config`` names."""
     return config.vllm if config.kind == "vllm" else config.sglang

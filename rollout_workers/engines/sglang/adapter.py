@@ -10,12 +10,11 @@ the requests in flight in the same step. Nothing here aborts a request.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError, ServerCounters, ServerIdentity
+from rollout_workers.engines.servers.answers import json_object, served_version
 from rollout_workers.engines.servers.event_stream import shown
 from rollout_workers.engines.servers.prometheus import first, samples
 from rollout_workers.engines.sglang import launch as launching
@@ -98,7 +97,7 @@ class SglangAdapter:
             if state.error:
                 raise ServerAnswerError(f"SGLang's side of a weight update: {state.error}")
         elif call.path in (UPDATE, "/begin_weight_update", "/end_weight_update", "/update_weight_version"):
-            answer = _json(body, call.path)
+            answer = json_object(body, call.path)
             if answer.get("success") is not True:
                 raise ServerAnswerError(f"{call.path}: {answer.get('message', shown(body))}")
 
@@ -109,23 +108,27 @@ class SglangAdapter:
         return Call("GET", "/server_info")
 
     def parse_identity(self, body: bytes) -> ServerIdentity:
-        info = _json(body, "/server_info")
-        model, version, context = info.get("model_path"), info.get("version"), info.get("context_length")
+        info = json_object(body, "/server_info")
+        backend = info.get("sampling_backend", launching.SAMPLING)
+        if backend != launching.SAMPLING:
+            raise ServerAnswerError(
+                f"this SGLang samples with {backend!r}, which heeds no seeds: start it with --sampling-backend "
+                f"{launching.SAMPLING}"
+            )
+        model, version = info.get("model_path"), info.get("version")
+        # A sequence that its KV has no room for, SGLang ends early as if its budget were spent.
+        room = [size for key in ("context_length", "max_total_num_tokens") if isinstance(size := info.get(key), int)]
         return ServerIdentity(
             version=version if isinstance(version, str) else None,
             model=model if isinstance(model, str) else None,
-            max_len=context - launching.HEADROOM if isinstance(context, int) else None,
+            max_len=min(room) - launching.HEADROOM if room else None,
         )
 
     def served(self) -> Call:
         return Call("GET", "/model_info")
 
     def parse_served(self, body: bytes) -> int:
-        version = _json(body, "/model_info").get("weight_version")
-        try:
-            return int(str(version))
-        except ValueError:
-            raise ServerAnswerError(f"SGLang serves weight version {version!r}, which Millrace never gave it") from None
+        return served_version(body, "/model_info", "SGLang")
 
     def metrics(self) -> Call:
         return Call("GET", "/metrics")
@@ -167,16 +170,6 @@ class SglangAdapter:
             Call("POST", UPDATE, body),
             Call("POST", "/end_weight_update", {}),
         ]
-
-
-def _json(body: bytes, path: str) -> dict[str, Any]:
-    try:
-        answer = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ServerAnswerError(f"{path} answered no JSON ({error}): {shown(body)}") from None
-    if not isinstance(answer, dict):
-        raise ServerAnswerError(f"{path} answered no object: {shown(body)}")
-    return answer
 
 
 def _message(body: bytes) -> str:

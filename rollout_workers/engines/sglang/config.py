@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these annotations)
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from rollout_workers.engines.servers.arguments import check_arguments
+from rollout_workers.engines.servers.settings import ServerConfig
 
 _SIZES = "set engines.slots and engines.max_len; Millrace keeps its requests within them"
 _WEIGHTS = "weights come from the learner; Millrace sets this"
@@ -27,6 +28,7 @@ OWNED = {
     "max_running_requests": _SIZES,
     "allow_auto_truncate": "a shortened prompt would be another context than the trajectory's",
     "random_seed": "set seed",
+    "sampling_backend": "a request's seed must decide its tokens, which the other backends do not heed",
     "stream_interval": "set engines.stream_every",
     "incremental_streaming_output": _STREAM,
     "enable_metrics": "Millrace reads the metrics and turns them on",
@@ -44,28 +46,8 @@ OWNED = {
 
 
 @dataclass
-class SglangConfig:
+class SglangConfig(ServerConfig):
     """How SGLang servers are started, or where they are."""
 
-    args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
-    """Passed through: ``mem_fraction_static: 0.7`` becomes ``--mem-fraction-static 0.7``; true is a flag, null leaves a default out."""
-    urls: List[str] = field(default_factory=list)  # noqa: UP006
-    """Servers that run already, one for each replica, instead of ones that the run starts."""
-    python: Optional[str] = None  # noqa: UP045
-    """Interpreter of the environment that holds SGLang; None: ``.venv-sglang`` beside the repository (`make engines`)."""
-    startup_timeout_s: float = 600.0
-    """Until a started server must answer, in seconds."""
-    request_timeout_s: float = 120.0
-    """Longest silence of a server during a call, in seconds."""
-    env: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
-    """Environment variables of the servers, over those that Millrace sets."""
-
-    def validate(self) -> None:
-        """Raise ValueError, naming the key and what would be right."""
-        check_arguments("engines.sglang.args", self.args, OWNED)
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"engines.sglang.urls: {url!r} is no address; write http://host:port")
-        for name in ("startup_timeout_s", "request_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"engines.sglang.{name}={getattr(self, name)}: must be greater than 0 (seconds)")
+    kind: ClassVar[str] = "sglang"
+    owned: ClassVar[Mapping[str, str]] = OWNED

@@ -9,10 +9,14 @@ from rollout_workers.engines.servers.arguments import merged, normal, to_command
 from rollout_workers.engines.servers.device import data_type, on_cpu
 from rollout_workers.engines.sglang.config import SglangConfig
 from rollout_workers.engines.sglang.disaggregation import role_arguments, role_environment
+from rollout_workers.engines.sglang.requests import WHOLE_VOCABULARY
 from weight_sync.engine_plugin.sglang_messages import MODEL_PATH
 
 LOADER = "weight_sync.engine_plugin.sglang_loader.load"
 """Called by SGLang's scheduler in its own process: Millrace's side of a weight update there."""
+
+SAMPLING = "pytorch"
+"""The sampling backend in which Millrace's plugin makes seeds count; the others end the server over one."""
 
 HEADROOM = 16
 """Tokens of context beyond ``max_len``: SGLang keeps some for itself."""
@@ -27,9 +31,8 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         # The figures that /metrics gives are taken when they are logged.
         "decode_log_interval": 8,
         "log_level": "warning",
-        # The others draw without regard to a request's seed, or end the server over one.
-        "sampling_backend": "pytorch",
         "chunked_prefill_size": launch.prefill_tokens,
+        "sampling_mask_max_tokens": WHOLE_VOCABULARY,
         **role_arguments(launch, cpu),
     }
     owned = {
@@ -41,6 +44,7 @@ def command(config: SglangConfig, launch: Launch) -> list[str]:
         "context_length": launch.max_len + HEADROOM,
         "max_running_requests": launch.slots,
         "random_seed": launch.seed,
+        "sampling_backend": SAMPLING,
         "stream_interval": launch.stream_every,
         "incremental_streaming_output": True,
         "enable_metrics": True,

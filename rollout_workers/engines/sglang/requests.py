@@ -9,6 +9,9 @@ from rollout_workers.engines.servers.adapter import Call
 
 GENERATE = "/generate"
 
+WHOLE_VOCABULARY = 1 << 20
+"""More tokens than any vocabulary has. With a sampling mask SGLang wants a finite top-k, also where only top-p filters."""
+
 
 def request_name(request_id: str) -> str:
     """The name of a request on the server.
@@ -43,7 +46,8 @@ def generate_call(request: GenerateRequest, served: int, **extra: Any) -> Call:
 def filtered(request: GenerateRequest) -> bool:
     """Whether tokens are drawn from less than the whole distribution.
 
-    SGLang's usual log-probabilities are those before top-k and top-p; those after them come with the sampling mask.
+    SGLang's usual log-probabilities are those before top-k and top-p; those after them come with the sampling mask. That
+    they filter one after the other is `weight_sync.engine_plugin.sglang_sampling`'s doing.
     """
     return request.temperature > 0 and (request.top_p < 1 or request.top_k > 0)
 
@@ -54,7 +58,7 @@ def sampling(request: GenerateRequest) -> dict[str, Any]:
         "max_new_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "top_k": request.top_k or -1,
+        "top_k": request.top_k or (WHOLE_VOCABULARY if filtered(request) else -1),
         "sampling_seed": seed_of(request.seed),
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,

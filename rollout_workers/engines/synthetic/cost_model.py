@@ -37,6 +37,16 @@ class CostModel:
     kv_token_s: float = 0.0
     """Seconds that the KV of a token takes from one accelerator to another."""
 
+    @property
+    def local_prefill_cost(self) -> float:
+        """Seconds of decoding that a second of computing prompts costs an accelerator that decodes.
+
+        Less than 1 with chunks: a shared step reads the weights once for both.
+        """
+        if not self.prefill_chunk:
+            return 1.0
+        return max(0.0, 1.0 - self.half_concurrency / self.decode_peak / (self.prefill_chunk / self.prefill_rate))
+
     @classmethod
     def from_config(cls, config: SyntheticEngineConfig) -> CostModel:
         """The modelled cluster's figures divided by ``time_scale`` and ``token_scale``."""

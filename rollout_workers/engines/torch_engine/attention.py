@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rollout_workers.disaggregation.cache_memory import CacheMemory
 from rollout_workers.engines.torch_engine.scheduler import Chunk, StepPlan
 from rollout_workers.engines.torch_engine.slot_table import IntArray
 
@@ -33,12 +34,16 @@ _NOT_SUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 class SlotCache:
-    """Keys and values of all slots: per layer two tensors ``[S, G, max_len, D]``, made when a layer first runs."""
+    """Keys and values of all slots: per layer two tensors ``[S, G, max_len, D]``, made when a layer first runs.
+
+    With a ``memory`` they lie where other processes can write into them.
+    """
 
     _numbers = count()
     _by_number: ClassVar[WeakValueDictionary[int, SlotCache]] = WeakValueDictionary()
 
-    def __init__(self, slots: int, max_len: int) -> None:
+    def __init__(self, slots: int, max_len: int, memory: CacheMemory | None = None) -> None:
+        self.memory = memory
         self.slots = slots
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -98,7 +103,8 @@ class SlotCache:
 
     def _empty(self, like_1GTD: Tensor) -> Tensor:
         _, heads, _, size = like_1GTD.shape
-        return like_1GTD.new_zeros(self.slots, heads, self.max_len, size)
+        shape = (self.slots, heads, self.max_len, size)
+        return like_1GTD.new_zeros(shape) if self.memory is None else self.memory.zeros(shape, like_1GTD.dtype)
 
 
 class Step(Protocol):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rollout_workers.disaggregation.cache_memory import cache_memory
 from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import (
     EngineHealth,
@@ -69,7 +70,8 @@ class TorchEngine:
         self.weights = WeightStore(model, version)
         self.table = SlotTable(config.slots, config.max_len)
         self.scheduler = Scheduler(self.table, config.prefill_tokens, config.share_prefixes)
-        self.cache = SlotCache(config.slots, config.max_len)
+        shared = config.split and config.handoff.direct and model.device.type == "cpu"
+        self.cache = SlotCache(config.slots, config.max_len, cache_memory() if shared else None)
         self.scheduler.on_shared = self.cache.copy
         self.kv = KvExchange(self.scheduler, self.cache, config.park_mb << 20)
         self.counters = Counters()

@@ -2,10 +2,15 @@
 
 | | from | to |
 |---|---|---|
+| ``copy_across`` | a slot | a slot of another engine's cache, in memory that both have |
+| ``lend``, ``written``, ``give_back`` | another engine, which writes by itself | the session's slot |
 | ``copy_out`` | a slot | bytes for another engine |
 | ``expect``, ``copy_in``, ``settle`` | bytes of another engine | the session's slot, or the park while no slot is free |
 | parking | the slot of an idle session that has to leave it | the park, as far as its budget goes |
 | bringing back | the park | the slot that the session gets for its next turn |
+
+A slot that is lent belongs to who writes into it until that one says that it has stopped, or its process ends. What happens
+here meanwhile (a release, a commit, another request of the session) takes the session out of the slot, not the slot away.
 
 A piece of KV is laid out layer by layer, keys before values, each ``[G, n, D]``: G key/value heads, n tokens, D head size.
 """
@@ -19,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rollout_workers.disaggregation.cache_memory import CachePlace, PeerCache
 from rollout_workers.disaggregation.handoff import Reason
 from rollout_workers.disaggregation.parking import ParkingLot
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy
@@ -71,10 +77,19 @@ class KvExchange:
         shapes = {(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in self.cache.layers.values()}
         return f"{first.dtype} {len(self.cache.layers)} layers of {sorted(shapes)}"
 
+    def tensors(self) -> list[Tensor]:
+        """``[S, G, L, D]``: keys and values of each layer in order."""
+        return [tensor for _, pair in sorted(self.cache.layers.items()) for tensor in pair]
+
     @property
     def token_bytes(self) -> int:
         """Bytes of KV of one token."""
-        return sum(tensor[0, :, 0].nbytes for tensor in self._tensors())
+        return sum(tensor[0, :, 0].nbytes for tensor in self.tensors())
+
+    @property
+    def place(self) -> CachePlace | None:
+        """Where other processes can write into this engine's slots; None: nowhere."""
+        return None if self.cache.memory is None else self.cache.memory.place(self.tensors())
 
     # ------------------------------------------------------------------------------------------- the side that prefills
 
@@ -101,11 +116,19 @@ class KvExchange:
     def copy_out(self, session: str, start: int, end: int, into: Tensor) -> None:
         """Copy the KV of tokens ``start .. end`` into ``into``, uint8 ``[(end - start) * token_bytes]`` in host memory."""
         slot, at = self.table.slot_of[session], 0
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             part = tensor[slot, :, start:end]
             size = part.numel() * part.element_size()
             into[at : at + size].view(part.dtype).view(part.shape).copy_(part)
             at += size
+
+    @torch.inference_mode()
+    def copy_across(self, session: str, start: int, end: int, peer: PeerCache, slot: int) -> int:
+        """Copy the KV of tokens ``start .. end`` into a slot of another engine. Returns the bytes."""
+        own = self.table.slot_of[session]
+        for mine, theirs in zip(self.tensors(), peer.tensors, strict=True):
+            theirs[slot, :, start:end].copy_(mine[own, :, start:end])
+        return (end - start) * self.token_bytes
 
     # -------------------------------------------------------------------------------------------- the side that decodes
 
@@ -138,17 +161,35 @@ class KvExchange:
         slot = self.table.slot_of.get(session)
         if slot is None:
             return self._copy_in_parked(session, start, end, piece, oldest)
-        table = self.table
-        if table.kv_length[slot] != start:
+        if self.table.kv_length[slot] != start:
             return False
-        self._scatter([tensor[slot] for tensor in self._tensors()], start, end, piece)
-        table.kv_oldest[slot] = oldest if start == 0 else min(oldest, int(table.kv_oldest[slot]))
-        table.kv_length[slot] = end
-        table.received[slot] += end - start
+        self._scatter([tensor[slot] for tensor in self.tensors()], start, end, piece)
+        self._arrived(slot, start, end, oldest)
         return True
 
+    def lend(self, session: str) -> int | None:
+        """Let another process write into the slot of a session whose KV is expected. None: it is parked."""
+        slot = self.table.slot_of.get(session)
+        if slot is not None:
+            self.table.lend(slot)
+        return slot
+
+    def written(self, session: str, slot: int, start: int, end: int, oldest: int) -> bool:
+        """The KV of tokens ``start .. end`` is in the slot. False when the session has left it, or lost what was before."""
+        if session not in self._expected or self.table.slot_of.get(session) != slot:
+            return False
+        if self.table.kv_length[slot] != start:
+            return False
+        self._arrived(slot, start, end, oldest)
+        return True
+
+    def give_back(self, slot: int) -> None:
+        """Who was lent the slot writes no more."""
+        self.table.give_back(slot)
+
     def settle(self, session: str) -> None:
-        """What was expected or held is here (as far as it came): an ordinary idle session from now on."""
+        """What was expected or held is here (as far as it came): an ordinary idle session from now on, without KV if its
+        slot is still lent."""
         self._expected.discard(session)
         slot = self.table.slot_of.get(session)
         if slot is not None:
@@ -189,9 +230,11 @@ class KvExchange:
 
     # -------------------------------------------------------------------------------------------------------- internals
 
-    def _tensors(self) -> list[Tensor]:
-        """``[S, G, L, D]``: keys and values of each layer in order."""
-        return [tensor for _, pair in sorted(self.cache.layers.items()) for tensor in pair]
+    def _arrived(self, slot: int, start: int, end: int, oldest: int) -> None:
+        table = self.table
+        table.kv_oldest[slot] = oldest if start == 0 else min(oldest, int(table.kv_oldest[slot]))
+        table.kv_length[slot] = end
+        table.received[slot] += end - start
 
     @staticmethod
     def _scatter(tensors: list[Tensor], start: int, end: int, piece: Tensor) -> None:
@@ -219,7 +262,7 @@ class KvExchange:
             pin=int(table.pin[slot]),
             remaining=max(1, int(table.limit[slot] - table.length[slot])),
             received=int(table.received[slot]),
-            tensors=[tensor[slot, :, :length].to("cpu", copy=True) for tensor in self._tensors()],
+            tensors=[tensor[slot, :, :length].to("cpu", copy=True) for tensor in self.tensors()],
         )
         self.park.park(session, kv, nbytes)
 
@@ -238,7 +281,7 @@ class KvExchange:
         table.pin[slot] = kv.pin
         table.limit[slot] = len(kv.tokens) + kv.remaining
         table.received[slot] = kv.received
-        for tensor, parked in zip(self._tensors(), kv.tensors, strict=True):
+        for tensor, parked in zip(self.tensors(), kv.tensors, strict=True):
             tensor[slot, :, : kv.kv_length].copy_(parked[:, : kv.kv_length])
 
     @torch.inference_mode()
@@ -250,7 +293,7 @@ class KvExchange:
         before = self.park.look(session)
         have = before.shared(prompt) if before is not None and before.pin == pin else 0
         tensors = [
-            torch.empty(tensor.shape[1], len(prompt), tensor.shape[3], dtype=tensor.dtype) for tensor in self._tensors()
+            torch.empty(tensor.shape[1], len(prompt), tensor.shape[3], dtype=tensor.dtype) for tensor in self.tensors()
         ]
         if before is not None and have:
             for tensor, old in zip(tensors, before.tensors, strict=True):

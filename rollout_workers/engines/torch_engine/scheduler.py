@@ -67,7 +67,8 @@ class Scheduler:
     """First come, first served over the slots of one engine; every decision depends on the calls made, nothing else.
 
     Invariants: a session has at most one request (waiting or running); a request waits only while no slot is free or
-    idle, or while a running one computes the prefix that they share; a running slot has at least one token to compute.
+    idle, or while a running one computes the prefix that they share; a running slot has at least one token to compute;
+    a slot that is lent to another process neither runs nor moves.
     """
 
     def __init__(self, table: SlotTable, prefill_tokens: int, share_prefixes: bool = True) -> None:
@@ -157,9 +158,12 @@ class Scheduler:
         return prefix.ready
 
     def seat(self, session_id: str, spare: int | None = None) -> int | None:
-        """The slot of a session, which gets one if it has none; None while all are in use. ``spare`` is the last to be
-        taken from its session."""
+        """The slot of a session, which gets one if it has none, or one that is lent; None while all are in use. ``spare``
+        is the last to be taken from its session."""
         slot = self.table.slot_of.get(session_id)
+        if slot is not None and self.table.lent[slot]:
+            self.table.drop(slot)
+            slot = None
         if slot is None:
             if not self.table.free and not self._evict(session_id, spare):
                 return None
@@ -188,16 +192,20 @@ class Scheduler:
         ``COMPACTION_OVERHEAD`` is its fixed part. With an outlook of four steps it is worth it when
 
             exchanged + COMPACTION_OVERHEAD <= holes
+
+        Slots that are lent stay where they are.
         """
         running = self.table.running.nonzero()[0]
-        count = len(running)
-        holes = int(running[-1]) + 1 - count if count else 0
+        if not len(running):
+            return None
+        seats = np.flatnonzero(~self.table.lent)[: len(running)]
+        holes = int(running[-1] - seats[-1])
         if holes <= COMPACTION_OVERHEAD:
             return None
-        high = running[running >= count]
+        high = running[running > seats[-1]]
         if len(high) + COMPACTION_OVERHEAD > holes:
             return None
-        return np.flatnonzero(~self.table.running[:count]), high
+        return seats[~self.table.running[seats]], high
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing runs. Requests on different weights take turns, one step each."""

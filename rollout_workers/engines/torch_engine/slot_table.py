@@ -61,6 +61,8 @@ class SlotTable:
         """Whether the request has stop token ids or stop strings."""
         self.uniforms = np.zeros((slots, max_len))
         """The random numbers that the tokens of the running request are drawn with."""
+        self.lent = np.zeros(slots, np.bool_)
+        """Another process may be writing into the slot's keys and values: it must neither move nor be used otherwise."""
         self.stop_ids = np.full((slots, 1), -1, np.int64)
         self.cached = np.zeros(slots, np.int64)
         """Prompt tokens that the request found in the cache; -1 once reported."""
@@ -91,7 +93,7 @@ class SlotTable:
         return slot
 
     def drop(self, slot: int) -> None:
-        """Free a slot that is not running."""
+        """Free a slot that is not running; one that is lent is free when it comes back."""
         session_id = self.session[slot]
         if session_id is None or self.running[slot]:
             raise ValueError(f"slot {slot} cannot be freed: it is {'running' if self.running[slot] else 'free'}")
@@ -100,7 +102,20 @@ class SlotTable:
         self._join(slot, "")
         self.session[slot] = None
         self.length[slot] = self.kv_length[slot] = self.received[slot] = 0
-        heapq.heappush(self._free, slot)
+        if not self.lent[slot]:
+            heapq.heappush(self._free, slot)
+
+    def lend(self, slot: int) -> None:
+        """From now on another process may write into the slot. Raises ValueError for a running or a free one."""
+        if self.running[slot] or self.session[slot] is None:
+            raise ValueError(f"slot {slot} cannot be lent: it is {'running' if self.running[slot] else 'free'}")
+        self.lent[slot] = True
+
+    def give_back(self, slot: int) -> None:
+        """Nobody else writes into the slot any more."""
+        self.lent[slot] = False
+        if self.session[slot] is None:
+            heapq.heappush(self._free, slot)
 
     def start(self, slot: int, request: GenerateRequest, order: int) -> int:
         """Begin a request in its session's slot; returns how many prompt tokens have their KV already."""
@@ -176,8 +191,10 @@ class SlotTable:
         return have
 
     def rest(self, slot: int) -> None:
-        """A slot that does not run becomes the last to be evicted."""
-        if not self.running[slot]:
+        """A slot that does not run becomes the last to be evicted; one that is lent is given up by its session."""
+        if self.lent[slot]:
+            self.drop(slot)
+        elif not self.running[slot]:
             self.idle.pop(slot, None)
             self.idle[slot] = None
 

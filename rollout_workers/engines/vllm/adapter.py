@@ -12,10 +12,9 @@ import base64
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from rollout_workers.engines.protocol import GenerateRequest, KvPolicy, PauseMode
 from rollout_workers.engines.servers.adapter import Call, Launch, ServerAnswerError, ServerCounters, ServerIdentity
+from rollout_workers.engines.servers.answers import json_object, served_version
 from rollout_workers.engines.servers.desk import ServerHandoff
 from rollout_workers.engines.servers.event_stream import shown
 from rollout_workers.engines.servers.prometheus import first, samples
@@ -58,7 +57,7 @@ class VllmAdapter:
         return Call("GET", "/health", timeout_s=5.0)
 
     def adopt(self, version: int) -> list[Call]:
-        return [self._name_version(version)]
+        return [self._call("millrace_prepare"), self._name_version(version)]
 
     def generate(self, request: GenerateRequest, served: int) -> Call:
         return generate_call(request, served)
@@ -84,7 +83,8 @@ class VllmAdapter:
         return abort_call(request_id)
 
     def pause(self, keep: PauseMode) -> list[Call]:
-        pause = Call("POST", "/pause", query={"mode": MODES[keep]})
+        # By default vLLM drops all KV with a pause, that of requests which it keeps included.
+        pause = Call("POST", "/pause", query={"mode": MODES[keep], "clear_cache": "false"})
         return [pause, self._forget_kv()] if keep is PauseMode.KEEP_REQUESTS else [pause]
 
     def resume(self) -> list[Call]:
@@ -111,7 +111,7 @@ class VllmAdapter:
             for result in _results(body):
                 if result.get("ok") is not True:
                     raise ServerAnswerError(f"vLLM's side of a weight update: {result.get('error', result)}")
-        elif call.path == RESET and body.strip() and _json(body, RESET).get("success") is False:
+        elif call.path == RESET and body.strip() and json_object(body, RESET).get("success") is False:
             raise ServerAnswerError("vLLM did not forget the KV of its requests")
 
     def pending(self, call: Call, body: bytes) -> bool:
@@ -133,11 +133,7 @@ class VllmAdapter:
         return Call("GET", "/weight_info")
 
     def parse_served(self, body: bytes) -> int:
-        version = _json(body, "/weight_info").get("weight_version")
-        try:
-            return int(str(version))
-        except ValueError:
-            raise ServerAnswerError(f"vLLM serves weight version {version!r}, which Millrace never gave it") from None
+        return served_version(body, "/weight_info", "vLLM")
 
     def metrics(self) -> Call:
         return Call("GET", "/metrics")
@@ -182,17 +178,7 @@ def _sampled(counts: dict[str, Any]) -> dict[str, int]:
 
 def _results(body: bytes) -> list[dict[str, Any]]:
     """What each worker answered to a call of Millrace's extension."""
-    results = _json(body, RPC).get("results")
+    results = json_object(body, RPC).get("results")
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise ServerAnswerError(f"{RPC} answered without results: {shown(body)}")
     return results
-
-
-def _json(body: bytes, path: str) -> dict[str, Any]:
-    try:
-        answer = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ServerAnswerError(f"{path} answered no JSON ({error}): {shown(body)}") from None
-    if not isinstance(answer, dict):
-        raise ServerAnswerError(f"{path} answered no object: {shown(body)}")
-    return answer

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these annotations)
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from rollout_workers.engines.servers.arguments import check_arguments
+from rollout_workers.engines.servers.settings import ServerConfig
 
 _SIZES = "set engines.slots and engines.max_len; Millrace keeps its requests within them"
 _WEIGHTS = "weights come from the learner; Millrace sets this"
@@ -44,28 +45,8 @@ OWNED = {
 
 
 @dataclass
-class VllmConfig:
-    """How vLLM servers are started, or where they are."""
+class VllmConfig(ServerConfig):
+    """How vLLM servers are started, or where they are; ``env`` may set ``VLLM_CPU_KVCACHE_SPACE`` (GiB of KV)."""
 
-    args: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
-    """Passed through: ``gpu_memory_utilization: 0.8`` becomes ``--gpu-memory-utilization 0.8``; true is a flag, null leaves a default out."""
-    urls: List[str] = field(default_factory=list)  # noqa: UP006
-    """Servers that run already, one for each replica, instead of ones that the run starts."""
-    python: Optional[str] = None  # noqa: UP045
-    """Interpreter of the environment that holds vLLM; None: ``.venv-vllm`` beside the repository (`make engines`)."""
-    startup_timeout_s: float = 600.0
-    """Until a started server must answer, in seconds."""
-    request_timeout_s: float = 120.0
-    """Longest silence of a server during a call, in seconds."""
-    env: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
-    """Environment variables of the servers, over those that Millrace sets (``VLLM_CPU_KVCACHE_SPACE``: GiB of KV)."""
-
-    def validate(self) -> None:
-        """Raise ValueError, naming the key and what would be right."""
-        check_arguments("engines.vllm.args", self.args, OWNED)
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"engines.vllm.urls: {url!r} is no address; write http://host:port")
-        for name in ("startup_timeout_s", "request_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"engines.vllm.{name}={getattr(self, name)}: must be greater than 0 (seconds)")
+    kind: ClassVar[str] = "vllm"
+    owned: ClassVar[Mapping[str, str]] = OWNED

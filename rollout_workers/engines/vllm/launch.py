@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_workers.engines.servers.adapter import Launch
-from rollout_workers.engines.servers.arguments import merged, to_command
+from rollout_workers.engines.servers.arguments import merged, normal, to_command
 from rollout_workers.engines.servers.device import data_type, on_cpu
 from rollout_workers.engines.vllm.config import VllmConfig
 from rollout_workers.engines.vllm.split import role_arguments, role_environment
@@ -17,6 +17,8 @@ EXTENSION = "weight_sync.engine_plugin.vllm_extension.MillraceWorker"
 CPU_BLOCK = 32
 """Tokens of a KV block on a CPU, where vLLM takes multiples of 32 only; smaller blocks share more of a prefix."""
 CPU_KV_GIB = "1"
+KV_SIZES = {"kv_cache_memory_bytes", "gpu_memory_utilization"}
+"""Arguments that say how much KV there is; on a CPU the variable would overrule them."""
 
 
 def command(config: VllmConfig, launch: Launch) -> list[str]:
@@ -58,9 +60,12 @@ def environment(config: VllmConfig, launch: Launch) -> dict[str, str]:
         **role_environment(launch, cpu),
     }
     if cpu:
-        variables["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_GIB
+        if not KV_SIZES & {normal(name) for name in config.args}:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_GIB
         # Several servers on a machine would all bind their threads to the same first cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # A single worker computes in the engine's process; in one of its own it spins on a core while it waits for steps.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if launch.threads is not None:
         variables["OMP_NUM_THREADS"] = str(launch.threads)
     if launch.plugin_path:

@@ -23,9 +23,10 @@ ASKED = request("r", prompt=prompt(64), max_tokens=12, seed=4)
 SESSION = ASKED.session_id
 
 
-@pytest.fixture
-async def pair() -> AsyncIterator[tuple[SteppedEngine, SteppedEngine]]:
-    prefill, decode = SteppedEngine(), SteppedEngine()
+@pytest.fixture(params=["auto", "ring"])
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[SteppedEngine, SteppedEngine]]:
+    config = HandoffConfig(transport=request.param, timeout_s=5.0)
+    prefill, decode = SteppedEngine(config), SteppedEngine(config)
     yield prefill, decode
     prefill.station.close()
     decode.station.close()

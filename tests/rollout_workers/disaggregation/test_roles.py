@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout_workers.disaggregation.circulation import Circulation
-from rollout_workers.disaggregation.roles import Decision, RoleController, RoleLoad, RolePolicy
+from rollout_workers.disaggregation.role_trust import FlipTrust
+from rollout_workers.disaggregation.roles import Decision, Flip, RoleController, RoleLoad, RolePolicy
 from rollout_workers.engines.protocol import EngineRole
 
 PREFILL, DECODE = EngineRole.PREFILL, EngineRole.DECODE
@@ -20,7 +22,11 @@ POLICY = RolePolicy(gain=0.05, window_s=10.0, min_residence_s=30.0, cool_down_s=
 
 @dataclass
 class Plant:
-    """Engines that do what the closed network says: a turn of ``prompt`` tokens and ``output`` tokens, then a tool."""
+    """Engines that do what the closed network says: a turn of ``prompt`` tokens and ``output`` tokens, then a tool.
+
+    Of prompts ``local`` are computed where they are decoded, and as in a run, those for which the engines to prefill have no time:
+    ``patience`` requests at most queue at each of these, about as many as decode at one of the others. An engine to prefill computes ``redone`` times as much as it hands over.
+    """
 
     roles: dict[str, EngineRole]
     episodes: float = 100.0
@@ -32,31 +38,48 @@ class Plant:
     half_concurrency: float = 8.0
     context: float = 2000.0
     kv_capacity: float = 1e9
+    local: float = 0.1
+    redone: float = 1.0
     counters: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def patience(self) -> float:
+        return max(10.0, self.episodes / len(self.roles))
 
     def count(self, role: EngineRole) -> int:
         return list(self.roles.values()).count(role)
 
     def flow(self, prefill: int, decode: int) -> tuple[float, float, float, float]:
         """Turns a second, requests in prefill, sequences in decoding, and the share of KV lost, by bisection."""
-        wanted = self.episodes * self.context
-        lost = max(0.0, 1 - decode * self.kv_capacity / wanted)
-        prompt_s = (self.prompt + lost * self.context) / self.prefill_rate
-        token_s = self.output / self.peak
-        low, high = 0.0, min(prefill / prompt_s, decode / token_s) * 0.9999
-        for _ in range(80):
+        lost = max(0.0, 1 - decode * self.kv_capacity / (self.episodes * self.context))
+        low, high = 0.0, 1e6
+        for _ in range(100):
             turns = (low + high) / 2
-            queued = turns * prompt_s / (1 - turns * prompt_s / prefill)
-            decoding = turns * token_s * self.half_concurrency / (1 - turns * token_s / decode)
-            low, high = (turns, high) if queued + decoding + turns * self.tool_s <= self.episodes else (low, turns)
-        queued = low * prompt_s / (1 - low * prompt_s / prefill)
-        decoding = low * token_s * self.half_concurrency / (1 - low * token_s / decode)
-        if queued + decoding + low * self.tool_s < self.episodes:  # the bottleneck holds everybody else
-            if prefill / prompt_s <= decode / token_s:
-                queued = self.episodes - decoding - low * self.tool_s
-            else:
-                decoding = self.episodes - queued - low * self.tool_s
+            held = self.stages(turns, prefill, decode)
+            fits = held is not None and sum(held) + turns * self.tool_s <= self.episodes
+            low, high = (turns, high) if fits else (low, turns)
+        queued, decoding = self.stages(low, prefill, decode) or (0.0, 0.0)
+        decoding += max(
+            0.0, self.episodes - queued - decoding - low * self.tool_s
+        )  # the bottleneck holds everybody else
         return low, queued, decoding, lost
+
+    def prompts(self, turns: float, prefill: int, decode: int) -> tuple[float, float]:
+        """Engine-seconds a second of prompts where they are handed over from, and where they are decoded."""
+        lost = max(0.0, 1 - decode * self.kv_capacity / (self.episodes * self.context))
+        work = turns * (self.prompt + lost * self.context) / self.prefill_rate
+        busiest = self.patience / (1 + self.patience)
+        sent = min((1 - self.local) * work, prefill * busiest / self.redone)
+        return sent * self.redone, work - sent
+
+    def stages(self, turns: float, prefill: int, decode: int) -> tuple[float, float] | None:
+        """Requests in prefill and in decoding; None: more than the engines can do."""
+        sent, stays = self.prompts(turns, prefill, decode)
+        busy, time, token_s = sent / prefill, decode - stays, self.output / self.peak
+        if turns * token_s >= 0.9999 * time:
+            return None
+        load = turns * token_s / time
+        return prefill * busy / (1 - busy), decode * self.half_concurrency * load / (1 - load)
 
     def best(self) -> float:
         return max(self.flow(m, len(self.roles) - m)[0] for m in range(1, len(self.roles)))
@@ -65,15 +88,18 @@ class Plant:
         m, n = self.count(PREFILL), self.count(DECODE)
         turns, queued, decoding, lost = self.flow(m, n)
         suspended = turns * self.tool_s
-        prompt = self.prompt + lost * self.context
+        sent, stays = self.prompts(turns, m, n)
         made = []
         for name, role in self.roles.items():
-            counts = self.counters.setdefault(name, [0.0] * 4)
+            counts = self.counters.setdefault(name, [0.0] * 5)
             if role is PREFILL:
-                counts[0] += turns / m * prompt * elapsed
-                counts[1] += turns / m * prompt / self.prefill_rate * elapsed
-                mine = RoleLoad(name, role, queued=queued / m, backlog_tokens=queued / m * prompt)
+                counts[0] += sent / m * self.prefill_rate * elapsed
+                counts[1] += sent / m * elapsed
+                counts[4] += sent / m * self.prefill_rate / self.redone * elapsed
+                mine = RoleLoad(name, role, queued=queued / m, backlog_tokens=queued / m * self.prompt)
             else:
+                counts[0] += stays / n * self.prefill_rate * elapsed
+                counts[1] += stays / n * elapsed
                 counts[2] += turns / n * self.output * elapsed
                 counts[3] += turns / n * elapsed
                 mine = RoleLoad(
@@ -92,6 +118,7 @@ class Plant:
                     kv_capacity=self.kv_capacity,
                     prefilled_tokens=counts[0],
                     prefill_s=counts[1],
+                    handed_tokens=counts[4],
                     generated_tokens=counts[2],
                     finished=counts[3],
                 )
@@ -117,6 +144,11 @@ def drive(
             said.append((now, decision))
         now += every
     return said
+
+
+def circulation_of(controller: RoleController, plant: Plant) -> Circulation | None:
+    loads = plant.loads(1.0)
+    return controller.circulation(*([load for load in loads if load.role is role] for role in (PREFILL, DECODE)))
 
 
 def flips_of(said: list[tuple[float, Decision]]) -> list[float]:
@@ -164,7 +196,7 @@ def test_it_finds_the_best_of_all_divisions_from_the_worst(output: float, factor
 
 
 def test_it_follows_a_shift_of_the_load() -> None:
-    plant, controller = make_plant(2, 6, prompt=200.0, output=400.0), RoleController(POLICY)
+    plant, controller = make_plant(2, 6, prompt=200.0, output=400.0, redone=0.3), RoleController(POLICY)
     drive(plant, controller, 600.0)
     few = plant.count(PREFILL)
     plant.prompt, plant.output = 8000.0, 50.0
@@ -220,7 +252,7 @@ def test_whatever_the_load_flips_are_bounded_rested_and_leave_no_role_empty(
 
 def test_a_flip_that_evicts_more_than_it_gains_is_refused_and_says_so() -> None:
     """Prompts queue, so another prefill engine looks good; but the KV that it takes away would all be computed again."""
-    fits = {"episodes": 100.0, "context": 8000.0, "prompt": 1200.0, "output": 20.0, "tool_s": 8.0}
+    fits = {"episodes": 100.0, "context": 8000.0, "prompt": 8000.0, "output": 50.0, "redone": 0.3}
     roomy = make_plant(2, 6, **fits)
     assert flips_of(drive(roomy, RoleController(POLICY), 100.0))
     tight = make_plant(2, 6, **fits, kv_capacity=100.0 * 8000.0 / 6)
@@ -246,14 +278,17 @@ def test_kv_that_new_weights_have_made_useless_stays_prefill_whoever_decodes() -
     for second in range(20):
         stale = [replace(load, kv_lost=load.kv_suspended, kv_suspended=0.0) for load in plant.loads(1.0)]
         controller.observe(stale, float(second))
-    measured = controller.circulation([load for load in plant.loads(1.0) if load.role is DECODE])
+    measured = circulation_of(controller, plant)
     assert measured is not None
-    assert measured.prefill_s == pytest.approx(plant.flow(2, 4)[0] * plant.prompt / plant.prefill_rate, rel=1e-6)
+    assert measured.again == 0.0
+    prompts_s = plant.flow(2, 4)[0] * plant.prompt / plant.prefill_rate
+    assert measured.prefill_s + measured.local_s == pytest.approx(prompts_s, rel=1e-6)
 
 
 def test_an_engine_takes_its_time_to_flip_and_nothing_else_is_decided_meanwhile() -> None:
     plant, controller = make_plant(7, 1, prompt=400.0), RoleController(POLICY)
-    asked, now = [], 0.0
+    asked: list[Flip] = []
+    now = 0.0
     while now < 150.0:
         asked += controller.observe(plant.loads(1.0), now).flips
         now += 1.0
@@ -299,7 +334,7 @@ def test_times_to_tokens_replace_what_one_look_sees() -> None:
             replace(load, queued=0.0, decoding=0.0, first_token_s=3.0, inter_token_s=0.01) for load in plant.loads(1.0)
         ]
         controller.observe(loads, float(second))
-    measured = controller.circulation([load for load in plant.loads(1.0) if load.role is DECODE])
+    measured = circulation_of(controller, plant)
     assert measured is not None
     turns = plant.flow(2, 2)[0]
     assert measured.queued == pytest.approx(3.0 * turns, rel=0.05)
@@ -340,6 +375,65 @@ def test_kv_that_does_not_fit_is_computed_again() -> None:
 def test_nothing_going_round_is_no_reason_to_change() -> None:
     idle = circulation(prefill_s=0.0, decoding=0.0, queued=0.0, kv_wanted=0.0)
     assert idle.turns(1, 4) == idle.turns(2, 3) == 1.0
+
+
+def test_what_engines_to_prefill_have_no_time_for_is_computed_where_it_is_decoded() -> None:
+    """So a busy engine to prefill is no bottleneck: one more of them takes from the others what it gives."""
+    full = circulation(prefill_s=1.0, local_s=1.0, decoding=60.0, queued=15.0, suspended=25.0, kv_wanted=0.0)
+    assert full.turns(1, 4) == pytest.approx(1.0, rel=0.02)
+    assert full.turns(2, 3) < 1.05
+    assert replace(full, useful=3.0).turns(2, 3) > full.turns(2, 3), "what it computes saves others more than it costs"
+    assert replace(full, local_cost=0.5).turns(2, 3) < full.turns(2, 3), (
+        "prompts that share steps cost less where they are"
+    )
+
+
+def test_prompts_under_way_of_which_none_is_done_are_no_division_by_zero() -> None:
+    controller = RoleController(POLICY)
+    for second in range(40):
+        loads = [
+            RoleLoad("a", PREFILL, queued=1.0, prefill_s=float(second)),
+            RoleLoad("b", DECODE, decoding=1.0, finished=float(second), kv_running=10.0),
+        ]
+        controller.observe(loads, float(second))
+    assert controller.flips == 0
+
+
+def test_a_load_with_heavy_tails_does_not_make_roles_flip_to_and_fro() -> None:
+    """Every turn's work is drawn anew: some window always looks like a reason to flip, the long run never does."""
+    rng = random.Random(7)
+    plant, controller = make_plant(3, 5, prompt=400.0, output=400.0), RoleController(POLICY)
+    ordinary, flips = plant.output, []
+    for second in range(3000):
+        if second % 10 == 0:
+            plant.output = ordinary * rng.lognormvariate(0.0, 0.5)
+            plant.prompt = ordinary * rng.lognormvariate(0.0, 0.8)
+        for flip in controller.observe(plant.loads(1.0), float(second)).flips:
+            plant.roles[flip.name] = flip.to
+            flips.append(second)
+    plant.prompt, plant.output = ordinary * math.exp(0.32), ordinary * math.exp(0.125)
+    assert len([at for at in flips if at > 600]) <= 2, flips
+    assert plant.flow(plant.count(PREFILL), plant.count(DECODE))[0] >= plant.best() / (1 + 2 * POLICY.gain)
+
+
+def test_a_flip_that_brought_what_it_promised_is_not_taken_back_for_less() -> None:
+    trust = FlipTrust(0.05, 10.0)
+    trust.flipped(PREFILL, 0.2, 10.0, 0.0)
+    assert not trust.allows(DECODE, 0.3, 12.0, 20.0, 20.0)
+    assert trust.allows(DECODE, 0.5, 12.0, 20.0, 20.0)
+    assert trust.allows(PREFILL, 0.05, 12.0, 20.0, 20.0)
+
+
+def test_a_promise_that_was_not_kept_must_be_surpassed_and_taking_back_takes_longer_each_time() -> None:
+    trust = FlipTrust(0.05, 10.0)
+    trust.flipped(PREFILL, 0.1, 10.0, 0.0)
+    assert trust.allows(DECODE, 0.06, 9.0, 10.0, 10.0)
+    trust.flipped(DECODE, 0.06, 9.0, 10.0)
+    assert trust.least_gain(PREFILL, 10.0) == pytest.approx(0.2, rel=0.01)
+    assert not trust.allows(PREFILL, 0.15, 10.0, 100.0, 20.0)
+    assert not trust.allows(PREFILL, 0.4, 9.0, 10.0, 20.0), "loads averaged for one window are not enough any more"
+    assert trust.allows(PREFILL, 0.4, 9.0, 20.0, 30.0)
+    assert trust.least_gain(PREFILL, 1e6) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(("name", "value"), [("gain", 0.0), ("window_s", -1.0), ("min_residence_s", -0.1)])

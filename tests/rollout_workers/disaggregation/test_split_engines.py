@@ -43,7 +43,7 @@ def assert_same(split: TokenChunk, unsplit: Result, exact: bool = False) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("transport", ["auto", "ring", "tcp"])
 async def test_tokens_and_logprobs_are_those_of_one_engine_bit_for_bit(
     split_model: Path, kind: str, transport: str
 ) -> None:

@@ -46,6 +46,7 @@ async def test_fifty_updates_under_load_abort_nothing_and_lose_no_token(engine: 
     for length, result in served:
         assert (result.finish_reason, result.error) == (FinishReason.LENGTH, None)
         assert len(result.tokens) == len(result.logprobs) == len(result.versions) == length
+        assert np.isfinite(result.logprobs).all()
         assert (np.diff(result.versions) >= 0).all()
     seen = {int(version) for _, result in served for version in result.versions}
     assert len(seen) > UPDATES / 2

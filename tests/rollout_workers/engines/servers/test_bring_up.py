@@ -54,7 +54,7 @@ async def test_one_that_does_not_start_is_explained_with_its_log(tmp_path: Path)
     with pytest.raises(ServerNotStarted) as caught:
         await start_server(TinyAdapter(program), launch_at, tmp_path / "log", TIMES)
     first, *rest = str(caught.value).splitlines()
-    assert first == "tiny did not start: ended with exit status 1; MemoryError: KV cache does not fit"
+    assert first == "tiny did not start with m: ended with exit status 1; MemoryError: KV cache does not fit"
     assert rest[0] == f"the last lines of {tmp_path / 'log'}:"
     assert rest[1] == "  loading"
     assert rest[-1] == "  MemoryError: KV cache does not fit"

@@ -140,9 +140,37 @@ def test_the_cause_is_found_above_its_consequences(tmp_path: Path) -> None:
         "RuntimeError: Engine core initialization failed. See root cause above.\n\n"
     )
     since = len("OldError: of the life before\n")
-    assert telling_line(log, since) == "(EngineCore pid=7) ValueError: head_dim 31 is not supported"
+    assert telling_line(log, since) == "ValueError: head_dim 31 is not supported"
     assert log_tail(log, 1, since) == ["RuntimeError: Engine core initialization failed. See root cause above."]
     assert telling_line(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            "(APIServer pid=3) WARNING 11-21 12:37:11 [utils.py:255] may cause errors like `OSError: [Errno 24] files`\n"
+            "[2026-11-21 12:37:12] WARNING server.py:9: OSError: no such hint\n"
+            "(EngineCore pid=4) ERROR 11-21 12:37:25 [core.py:1510]     raise ValueError(\n"
+            "(EngineCore pid=4) ERROR 11-21 12:37:25 [core.py:1510] ValueError: a sequence of 512 tokens needs more KV\n"
+            "RuntimeError: Engine core initialization failed. Failed core proc(s): {}\n",
+            "ValueError: a sequence of 512 tokens needs more KV",
+        ),
+        (
+            "pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, the model type `new` is not known\n"
+            "    For further information visit a page\n",
+            "pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, the model type `new` is not known",
+        ),
+        ("INFO: KeyError: 3\n", ""),
+    ],
+)
+def test_the_cause_is_no_warning_and_is_told_without_what_stands_before_it(
+    tmp_path: Path, lines: str, cause: str
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(lines)
+    assert telling_line(log) == cause
 
 
 def test_statuses_have_names() -> None:

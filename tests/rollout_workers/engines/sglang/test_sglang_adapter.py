@@ -139,6 +139,12 @@ def test_what_a_server_says_it_is() -> None:
     identity = ADAPTER.parse_identity(json.dumps(info).encode())
     assert (identity.version, identity.model, identity.max_len) == ("0.5.23", "/m", 256)
     assert ADAPTER.parse_identity(b"{}").version is None
+    assert ADAPTER.parse_identity(b"{}").max_len is None
+    assert ADAPTER.parse_identity(json.dumps({**info, "max_total_num_tokens": 116}).encode()).max_len == 100
+    assert ADAPTER.parse_identity(json.dumps({**info, "max_total_num_tokens": 9999}).encode()) == identity
+    assert ADAPTER.parse_identity(json.dumps({**info, "sampling_backend": "pytorch"}).encode()) == identity
+    with pytest.raises(ServerAnswerError, match="--sampling-backend pytorch"):
+        ADAPTER.parse_identity(json.dumps({**info, "sampling_backend": "flashinfer"}).encode())
 
 
 def test_a_commit_under_way_changes_nothing_in_a_parser() -> None:

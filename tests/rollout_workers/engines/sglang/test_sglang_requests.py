@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sglang_streams import request
 
 from rollout_workers.engines.sglang.requests import (
+    WHOLE_VOCABULARY,
     abort_call,
     generate_call,
     request_name,
@@ -51,6 +52,16 @@ def test_stop_strings_and_ids() -> None:
     assert (params["stop"], params["stop_token_ids"], params["top_k"]) == (["</a>", "\n\n"], [4, 9], 5)
     assert "stop" not in sampling(request())
     assert "stop_token_ids" not in sampling(request())
+
+
+def test_filtered_requests_ask_for_log_probabilities_after_the_filters() -> None:
+    for fields, top_k in (({"top_p": 0.9}, WHOLE_VOCABULARY), ({"top_p": 0.9, "top_k": 7}, 7), ({"top_k": 3}, 3)):
+        body = generate_call(request(**fields), served=0).body
+        assert body is not None
+        assert body["return_sampling_mask"] is True
+        assert body["sampling_params"]["top_k"] == top_k
+    for fields in ({}, {"temperature": 0.0, "top_p": 0.9, "top_k": 7}):
+        assert "return_sampling_mask" not in (generate_call(request(**fields), served=0).body or {})
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "vllm"
 ADAPTER = VllmAdapter(VllmConfig())
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 SERVED = 0
+MODEL_LABEL = re.compile(r'model_name="[^"]*"')
 COUNTED = ("vllm:num_requests", "vllm:kv_cache_usage", "vllm:generation_tokens", "vllm:prompt_tokens", "vllm:prefix_")
 
 
@@ -127,13 +129,15 @@ async def record_versions(server: ServerConnection) -> None:
 async def record_control(server: ServerConnection) -> None:
     pause, forget = ADAPTER.pause(PauseMode.KEEP_REQUESTS)
     begin, staged = ADAPTER.stage(b"no offer", "engine-0.0")
+    prepare, adopt = ADAPTER.adopt(SERVED)
     calls = {
         "ready": ADAPTER.ready(),
         "pause": pause,
         "forget": forget,
         "ready-while-paused": ADAPTER.ready(),
         "resume": ADAPTER.resume()[0],
-        "adopt": ADAPTER.adopt(SERVED)[0],
+        "prepare": prepare,
+        "adopt": adopt,
         "served": ADAPTER.served(),
         "metrics": ADAPTER.metrics(),
         "identity": ADAPTER.identity(),
@@ -145,7 +149,7 @@ async def record_control(server: ServerConnection) -> None:
         body = reply.body
         if name == "metrics":
             kept = [line for line in body.decode().splitlines() if line.startswith(COUNTED) and "bucket" not in line]
-            body = "\n".join(kept).encode()
+            body = MODEL_LABEL.sub('model_name="/model"', "\n".join(kept)).encode()
         elif name == "identity":
             body = json.dumps({"results": [{**json.loads(body)["results"][0], "model": "/model"}]}).encode()
         save(f"control-{name}", None, call, reply.status, body)

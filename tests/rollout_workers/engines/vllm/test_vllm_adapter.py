@@ -139,18 +139,25 @@ def test_the_environment_opens_the_control_routes_and_the_configuration_wins() -
     variables = VllmAdapter(config).environment(launch)
     assert variables["VLLM_SERVER_DEV_MODE"] == "1"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "6"
+    assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert variables["OMP_NUM_THREADS"] == "3"
     assert variables["PYTHONPATH"] == "/repository"
+
+
+@pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "kv-cache-memory-bytes", "gpu_memory_utilization"])
+def test_an_argument_about_the_size_of_the_kv_is_not_overruled_by_a_variable(name: str) -> None:
+    assert VllmAdapter(VllmConfig()).environment(LAUNCH)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in VllmAdapter(VllmConfig(args={name: 1})).environment(LAUNCH)
 
 
 def test_pauses_keep_or_abort() -> None:
     def modes(keep: PauseMode) -> list[tuple[str, dict[str, str] | None]]:
         return [(call.path, call.query) for call in ADAPTER.pause(keep)]
 
-    assert modes(PauseMode.KEEP_KV) == [("/pause", {"mode": "keep"})]
-    assert modes(PauseMode.ABORT) == [("/pause", {"mode": "abort"})]
+    assert modes(PauseMode.KEEP_KV) == [("/pause", {"mode": "keep", "clear_cache": "false"})]
+    assert modes(PauseMode.ABORT) == [("/pause", {"mode": "abort", "clear_cache": "false"})]
     assert modes(PauseMode.KEEP_REQUESTS) == [
-        ("/pause", {"mode": "keep"}),
+        ("/pause", {"mode": "keep", "clear_cache": "false"}),
         ("/reset_prefix_cache", {"reset_running_requests": "true"}),
     ]
 
@@ -283,6 +290,7 @@ def test_control_calls_are_plain_data() -> None:
     ]
     assert [(call.method, call.path) for call in calls] == [
         ("GET", "/health"),
+        ("POST", "/collective_rpc"),
         ("POST", "/update_weight_version"),
         ("POST", "/resume"),
         ("GET", "/weight_info"),

@@ -127,7 +127,7 @@ def test_a_budget_beyond_the_model_s_length_is_cut_in_silence() -> None:
 
 
 def test_control_answers() -> None:
-    for name in ("ready", "ready-while-paused", "pause", "forget", "resume", "adopt", "staged"):
+    for name in ("ready", "ready-while-paused", "pause", "forget", "resume", "prepare", "adopt", "staged"):
         record = golden(f"control-{name}")
         assert record["status"] == 200, name
         ADAPTER.check(call_of(f"control-{name}"), record["answer"].encode())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from contract_model import greedy, logits_of, logprobs_of, write_model
+import pytest_asyncio
+from contract_model import greedy, logits_of, logprobs_of, prompt, write_model
 
 from rollout_workers.engines.protocol import FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers.adapter import Launch
@@ -21,7 +24,7 @@ from rollout_workers.engines.vllm.adapter import VllmAdapter
 from rollout_workers.engines.vllm.config import VllmConfig
 from rollout_workers.engines.vllm.split import decode_call, parse_prefill, prefill_call
 
-pytestmark = [pytest.mark.engines_slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engines_slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
 ADAPTER = VllmAdapter(VllmConfig())
 TIMES = ServerTimes(startup_timeout_s=300.0, request_timeout_s=60.0)
@@ -41,51 +44,50 @@ def vllm_python() -> str:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-async def pair(tmp_path: Path, split_model: Path) -> AsyncIterator[tuple[Server, Server]]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(tmp_path_factory: pytest.TempPathFactory, split_model: Path) -> AsyncIterator[tuple[Server, Server]]:
     """A prefill and a decode server of one model."""
-    python = vllm_python()
+    python, logs = vllm_python(), tmp_path_factory.mktemp("logs")
 
-    def launch(role: str, port: int, kv_port: int) -> Launch:
-        return Launch(
-            model_path=str(split_model),
-            host="127.0.0.1",
-            port=port,
-            member=role,
-            dtype="float32",
-            device="cpu",
-            max_len=128,
-            slots=4,
-            threads=1,
-            role=role,
-            kv_port=kv_port,
-            python=python,
-            plugin_path=str(ROOT),
-        )
+    async def start(role: str) -> Server:
+        kv_port = free_port("127.0.0.1")
 
-    servers: list[Server] = []
-    try:
-        for role in ("prefill", "decode"):
-            log, kv_port = tmp_path / f"{role}.log", free_port("127.0.0.1")
-            started = await start_server(
-                ADAPTER,
-                lambda port, role=role, kv_port=kv_port: launch(role, port, kv_port),  # type: ignore[misc]
-                log,
-                TIMES,
+        def launch(port: int) -> Launch:
+            return Launch(
+                model_path=str(split_model),
+                host="127.0.0.1",
+                port=port,
+                member=role,
+                dtype="float32",
+                device="cpu",
+                max_len=128,
+                slots=4,
+                threads=1,
+                role=role,
+                kv_port=kv_port,
+                python=python,
+                plugin_path=str(ROOT),
             )
-            servers.append(started)
-            await started.connection.control(ADAPTER, ADAPTER.adopt(VERSION))
-        yield servers[0], servers[1]
+
+        server = await start_server(ADAPTER, launch, logs / f"{role}.log", TIMES)
+        await server.connection.control(ADAPTER, ADAPTER.adopt(VERSION))
+        return server
+
+    starting = [asyncio.create_task(start(role)) for role in ("prefill", "decode")]
+    try:
+        prefill, decode = await asyncio.gather(*starting)
+        yield prefill, decode
     finally:
-        for server in servers:
-            await server.close()
+        for server in await asyncio.gather(*starting, return_exceptions=True):
+            if isinstance(server, Server):
+                await server.close()
 
 
-def request(name: str, prompt: list[int], max_tokens: int) -> GenerateRequest:
+def request(name: str, given: npt.NDArray[np.int32], max_tokens: int) -> GenerateRequest:
     return GenerateRequest(
         request_id=name,
         session_id=name,
-        prompt=np.array(prompt, np.int32),
+        prompt=given,
         max_tokens=max_tokens,
         temperature=0.0,
     )
@@ -107,15 +109,15 @@ async def transferred(server: Server) -> float:
 async def test_tokens_and_log_probabilities_are_those_of_one_server(pair: tuple[Server, Server]) -> None:
     prefill, decode = pair
     for attempt in range(3):
-        prompt = [int(token) for token in np.random.default_rng(attempt).integers(2, 90, 70 + attempt)]
-        asked, before = request(f"r{attempt}", prompt, 8), await transferred(decode)
+        given = prompt(70 + attempt, seed=attempt)
+        asked, before = request(f"r{attempt}", given, 8), await transferred(decode)
         handoff = parse_prefill(await prefill.connection.ask(prefill_call(asked, VERSION)))
         assert handoff.version == VERSION
         chunks = await decoded(decode, asked, handoff)
         assert await transferred(decode) > before, "the decode server computed the prompt itself"
         tokens = np.concatenate([chunk.tokens for chunk in chunks])
         assert tokens.tolist() == greedy(0, asked.prompt, 8)
-        logits = logits_of(0, np.concatenate([asked.prompt, tokens]))[len(prompt) - 1 : -1]
+        logits = logits_of(0, np.concatenate([asked.prompt, tokens]))[len(given) - 1 : -1]
         got = np.concatenate([chunk.logprobs for chunk in chunks])
         np.testing.assert_allclose(got, logprobs_of(logits, tokens), atol=1e-3)
         assert chunks[-1].finish_reason is FinishReason.LENGTH
@@ -124,8 +126,7 @@ async def test_tokens_and_log_probabilities_are_those_of_one_server(pair: tuple[
 
 async def test_kv_of_another_version_is_left_where_it_is(pair: tuple[Server, Server]) -> None:
     prefill, decode = pair
-    prompt = [int(token) for token in np.random.default_rng(9).integers(2, 90, 70)]
-    asked = request("stale", prompt, 4)
+    asked = request("stale", prompt(70, seed=9), 4)
     handoff = parse_prefill(await prefill.connection.ask(prefill_call(asked, VERSION)))
     before = await transferred(decode)
     chunks = await decoded(decode, asked, ServerHandoff(version=handoff.version - 1, params=handoff.params))
