@@ -143,7 +143,13 @@ class Processes:
                 attempt,
                 resources.learner_gpus,
                 RankSettings(
-                    rank, learner.ranks, learner, self.config.model.dtype, threads, self.config.seed, learner.rank_timeout_s
+                    rank,
+                    learner.ranks,
+                    learner,
+                    self.config.model.dtype,
+                    threads,
+                    self.config.seed,
+                    learner.rank_timeout_s,
                 ),
             )
             for rank in range(learner.ranks)

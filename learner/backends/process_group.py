@@ -32,7 +32,7 @@ def join(address: str, rank: int, world: int, device: torch.device, timeout_s: f
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(host, int(port), world, is_master=rank == 0, timeout=limit)
+        store = torch._C._distributed_c10d.TCPStore(host, int(port), world, is_master=rank == 0, timeout=limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise LearnerError(

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from learner.config import LearnerConfig
 from learner.errors import LearnerError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class RankActor:
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         """This rank's bins, one pass each; all ranks get equally many, some perhaps empty."""
-        sums, bad = TokenSums(), []
+        sums = TokenSums()
+        bad: list[str] = []
         for samples in bins:
             done = train_bin(self._loaded, samples, objective)
             sums.add(done.sums)
@@ -110,5 +113,5 @@ class RankActor:
             raise LearnerError(f"rank {self._settings.rank} has no model yet: call load first")
         return self._backend
 
-    def _on_first(self, found: Any, otherwise: Any) -> Any:
+    def _on_first(self, found: Found, otherwise: Found) -> Found:
         return found if self._settings.rank == 0 else otherwise

@@ -50,8 +50,9 @@ class RankGroup:
 
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""
-        address = self._call([self._ranks[0].address.remote()], "an address")[0]
-        self._all("join", address)
+        if not self._facts:
+            address = self._call([self._ranks[0].address.remote()], "an address")[0]
+            self._all("join", address)
         self._facts = self._all("load", str(path), None if initial is None else str(initial))[0]
         self.on_cpu = self._facts["device"] == "cpu"
         logger.info("%d ranks train %s", len(self._ranks), self._facts)
@@ -60,7 +61,8 @@ class RankGroup:
         shares = self._shared(bins)
         self.imbalance.append(imbalance([sum(map(tokens_of, share)) for share in shares]))
         results: list[PassResult] = self._each("train", shares, objective)
-        sums, bad = TokenSums(), []
+        sums = TokenSums()
+        bad: list[str] = []
         for result in self._distinct(results):
             sums.add(result.sums)
             bad.extend(result.bad_samples)
@@ -140,14 +142,18 @@ class RankGroup:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=self._timeout_s)
             if not done:
                 late = [str(calls.index(call)) for call in waiting]
-                raise LearnerError(f"{what}: no answer from rank {', '.join(late)} of the learner in {self._timeout_s:g} s")
+                raise LearnerError(
+                    f"{what}: no answer from rank {', '.join(late)} of the learner in {self._timeout_s:g} s"
+                )
             try:
                 ray.get(done[0])  # an error of one rank is told at once, whatever the others wait for
             except ray.exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from error
             except ray.exceptions.RayActorError as error:
                 rank = calls.index(done[0])
-                raise LearnerError(f"rank {rank} of {len(calls)} of the learner was lost during {what!r}: {error}") from error
+                raise LearnerError(
+                    f"rank {rank} of {len(calls)} of the learner was lost during {what!r}: {error}"
+                ) from error
         return list(ray.get(calls))
 
 

@@ -97,7 +97,8 @@ class OneRank:
         return self.backend.updates
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
-        sums, bad = TokenSums(), []
+        sums = TokenSums()
+        bad: list[str] = []
         for samples in bins:
             done = train_bin(self.backend, samples, objective)
             sums.add(done.sums)

@@ -32,6 +32,8 @@ def shard(model: Any, device: torch.device, dtype: torch.dtype, *, offload: bool
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sums: a plain one, which is what a factor of 1 asks for.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
