@@ -14,11 +14,12 @@ import numpy as np
 
 from experience.records import Group
 from learner.backends.ranks import LearnerRanks
-from learner.batching import GroupSamples, Sample, balance, make_samples, pack, tokens_of
+from learner.batching import GroupSamples, Sample, make_samples, pack, tokens_of
 from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import step_mask
 from learner.objectives.sums import TokenSums
+from learner.packing import PackingCounts, even_bins
 
 SUCCESS_REWARD = 1.0
 """An episode counts as a success from this reward on."""
@@ -61,6 +62,7 @@ class StreamingStep:
         self._pending: list[Sample] = []
         self._sums = TokenSums()
         self._passes = 0
+        self._packing = PackingCounts(ranks.width)
         self._bad: list[str] = []
 
     def add(self, groups: Iterable[Group]) -> None:
@@ -89,12 +91,8 @@ class StreamingStep:
         self._run(self._even(pending))
 
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Bins for what is left: as many for each rank, with as even a load as can be had."""
-        width, budget = self._ranks.width, self._settings.pass_tokens
-        bins = pack(samples, budget)
-        if width == 1 or not bins:
-            return bins
-        return balance(samples, -(-len(bins) // width) * width)
+        """Bins for what is left."""
+        return even_bins(samples, self._ranks.width, self._settings.pass_tokens)
 
     def finish(self) -> StepResult:
         """Runs the rest, normalises and updates the weights."""
@@ -115,6 +113,7 @@ class StreamingStep:
             "loss": 0.0,
             **self._sums.metrics(),
             **group_metrics(self._groups, applied, self._passes),
+            **self._packing.metrics(),
             **_norm(norm),
         }
         return StepResult(metrics, applied, self._bad)
@@ -158,6 +157,7 @@ class StreamingStep:
         self._sums.add(done.sums)
         self._bad.extend(done.bad_samples)
         self._passes += len(bins)
+        self._packing.add(bins)
 
 
 def _norm(norm: float | None) -> dict[str, float]:

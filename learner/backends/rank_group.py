@@ -203,13 +203,3 @@ OWN_ERRORS = (LearnerError, ModelError, CheckpointError)
 
 def _cause(error: Any) -> Any:
     return getattr(error, "cause", None) or error
-
-
-def imbalance(loads: Sequence[int]) -> float:
-    """How much more than the mean the fullest has: ``max / mean - 1``; 0 for nothing.
-
-    >>> imbalance([90, 110])
-    0.1
-    """
-    total = sum(loads)
-    return round(max(loads) * len(loads) / total - 1.0, 12) if total else 0.0

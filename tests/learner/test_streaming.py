@@ -61,7 +61,7 @@ def test_streaming_changes_no_result(model_directory: Path, aggregation: str) ->
         result, backend = run_step(model_directory, shuffled, flush, aggregation=aggregation, pass_tokens=pass_tokens)
         assert_same_gradient(backend, reference)
         assert result.metrics["passes"] > whole.metrics["passes"]
-        for name in whole.metrics.keys() - {"passes"}:
+        for name in whole.metrics.keys() - {"passes", "packing/padding", "packing/imbalance"}:  # these tell how it was done
             assert result.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5, abs=1e-6), name
 
 
