@@ -62,6 +62,8 @@ class StreamingStep:
         self._pending: list[Sample] = []
         self._sums = TokenSums()
         self._passes = 0
+        self._rounds: list[list[list[Sample]]] = []
+        """The passes so far, as they ran: looked through again when the gradient they add up to is not finite."""
         self._packing = PackingCounts(ranks.width)
         self._bad: list[str] = []
 
@@ -108,6 +110,8 @@ class StreamingStep:
             norm = None
         elif self._sums.normaliser > 0:
             norm = self._ranks.step(self._sums.normaliser)
+            if norm is None:
+                self._bad = self._culprits()
         applied = norm is not None
         metrics = {
             "loss": 0.0,
@@ -157,7 +161,33 @@ class StreamingStep:
         self._sums.add(done.sums)
         self._bad.extend(done.bad_samples)
         self._passes += len(bins)
+        width = self._ranks.width
+        self._rounds += [bins[first : first + width] for first in range(0, len(bins), width)]
         self._packing.add(bins)
+
+    def _culprits(self) -> list[str]:
+        """The trajectories whose gradient is not finite, found by running the step's passes again, one after another.
+
+        None where only the sum of all is not finite.
+        """
+        for bins in self._rounds:
+            if not self._is_finite(bins):
+                members = [sample for samples in bins for sample in samples]
+                return [_span(sample) for sample in members if not self._is_finite([[sample]])] or [
+                    *map(_span, members)
+                ]
+        return []
+
+    def _is_finite(self, bins: list[list[Sample]]) -> bool:
+        self._ranks.train(bins, self._settings.objective)
+        finite = self._ranks.gradient_is_finite()
+        self._ranks.discard_gradient()
+        return finite
+
+
+def _span(sample: Sample) -> str:
+    first, last = sample.positions[[0, -1]] + 1
+    return f"{sample.group_id}/{sample.trajectory_id} tokens {first} to {last}"
 
 
 def _norm(norm: float | None) -> dict[str, float]:

@@ -148,11 +148,11 @@ class FsdpBackend:
         return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
 
     def step(self, normaliser: float) -> float | None:
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = self._gradients()
         if not gradients:
             return 0.0
         torch._foreach_mul_(gradients, 1.0 / normaliser)
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        norm = _norm(gradients)
         if not math.isfinite(norm):
             self.discard_gradient()
             return None
@@ -166,6 +166,12 @@ class FsdpBackend:
         self.discard_gradient()
         self._move_reference()
         return norm
+
+    def gradient_is_finite(self) -> bool:
+        return math.isfinite(_norm(self._gradients()))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
     def _move_reference(self) -> None:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
@@ -244,6 +250,10 @@ class FsdpBackend:
         if self._dtype is torch.float32 or self._world > 1:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
+
+
+def _norm(gradients: list[torch.Tensor]) -> float:
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:

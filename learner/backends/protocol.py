@@ -54,6 +54,10 @@ class TrainingBackend(Protocol):
         """
         ...
 
+    def gradient_is_finite(self) -> bool:
+        """Whether the gradient so far has a finite norm, over all ranks; all of them ask together."""
+        ...
+
     def discard_gradient(self) -> None:
         """Zeroes the gradient without an update."""
         ...

@@ -96,6 +96,9 @@ class RankActor:
     def step(self, normaliser: float) -> float | None:
         return self._loaded.step(normaliser)
 
+    def gradient_is_finite(self) -> bool:
+        return self._loaded.gradient_is_finite()
+
     def discard_gradient(self) -> None:
         self._loaded.discard_gradient()
 

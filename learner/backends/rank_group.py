@@ -84,6 +84,9 @@ class RankGroup:
             self.updates += 1
         return norm
 
+    def gradient_is_finite(self) -> bool:
+        return all(self._all("gradient_is_finite"))
+
     def discard_gradient(self) -> None:
         self._all("discard_gradient")
 
@@ -174,7 +177,8 @@ class RankGroup:
     def _loss(self, rank: int, when: str, error: BaseException) -> LearnerError:
         first = str(error).strip().splitlines()
         return LearnerError(
-            f"rank {rank} of {len(self._ranks)} of the learner was lost {when}: {first[0] if first else type(error).__name__}"
+            f"rank {rank} of {len(self._ranks)} of the learner was lost {when}, the step is not applied: "
+            f"{first[0] if first else type(error).__name__}; `millrace resume` goes on from the last checkpoint"
         )
 
     async def lost(self) -> LearnerError:

@@ -58,6 +58,10 @@ class LearnerRanks(Protocol):
         """See `TrainingBackend.step`."""
         ...
 
+    def gradient_is_finite(self) -> bool:
+        """See `TrainingBackend.gradient_is_finite`."""
+        ...
+
     def discard_gradient(self) -> None: ...
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -121,6 +125,9 @@ class OneRank:
 
     def step(self, normaliser: float) -> float | None:
         return self.backend.step(normaliser)
+
+    def gradient_is_finite(self) -> bool:
+        return self.backend.gradient_is_finite()
 
     def discard_gradient(self) -> None:
         self.backend.discard_gradient()
