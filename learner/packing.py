@@ -44,16 +44,6 @@ def imbalance_bound(lengths: Sequence[int], width: int) -> float:
     return (width - 1) * max(lengths) / sum(lengths) if lengths else 0.0
 
 
-def imbalance(loads: Sequence[int]) -> float:
-    """How much more than the mean the fullest has: ``max / mean - 1``; 0 for nothing.
-
-    >>> imbalance([90, 110])
-    0.1
-    """
-    total = sum(loads)
-    return round(max(loads) * len(loads) / total - 1.0, 12) if total else 0.0
-
-
 @dataclass
 class PackingCounts:
     """Sums over the rounds of a step."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.attention import make_layout, padded_tokens
-from learner.packing import PackingCounts, even_bins, imbalance, imbalance_bound
+from learner.packing import PackingCounts, even_bins, imbalance_bound
 
 LENGTHS = st.lists(st.integers(1, 500), max_size=60)
 WIDTHS = st.integers(1, 9)
@@ -50,9 +50,3 @@ def test_long_sequences_are_hardly_padded() -> None:
     rng = np.random.default_rng(0)
     lengths = sorted((int(length) for length in rng.lognormal(11.0, 0.5, 200)), reverse=True)
     assert padded_tokens(lengths) / sum(lengths) - 1.0 < 0.02
-
-
-def test_imbalance() -> None:
-    assert imbalance([100, 100]) == 0.0
-    assert imbalance([]) == 0.0
-    assert imbalance([120, 80]) == pytest.approx(0.2)
