@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -181,6 +181,12 @@ class MicroBatch:
     normaliser: float
     """What the batch adds to the step's normaliser: its targets, or its trajectories."""
 
+    def samples_at(self, tokens: torch.Tensor) -> tuple[str, ...]:
+        """``group_id/trajectory_id`` of the samples that some tokens (bool [n]) belong to; of all, if there are none."""
+        indices = self.sample_of[tokens].unique().tolist()
+        named = [self.samples[index] for index in indices] or self.samples
+        return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)
+
 
 def token_weights(counts: Sequence[int], aggregation: str, constant_length: int | None) -> list[float]:
     """What a token of each trajectory weighs in the sum that the step divides; ``counts``: their trained tokens.
@@ -243,3 +249,19 @@ def _stays(samples: Sequence[Sample], device: torch.device | str) -> torch.Tenso
     if len(masks) != len(samples):
         raise ValueError("some samples of a micro-batch have a second-moment mask and others have none")
     return torch.from_numpy(np.concatenate(masks)).to(device)
+
+
+def idle_batch(device: torch.device | str = "cpu") -> MicroBatch:
+    """One token that nobody trains: what a rank computes on to take part in the others' pass. Its normaliser is 0."""
+    sample = Sample(
+        trajectory_id="",
+        group_id="",
+        inputs=np.zeros(1, np.int32),
+        positions=np.zeros(1, np.int64),
+        targets=np.zeros(1, np.int64),
+        behaviour=np.zeros(1, np.float32),
+        lags=np.zeros(1, np.int64),
+        advantage=0.0,
+        temperature=1.0,
+    )
+    return replace(collate([sample], "token", device), normaliser=0.0)

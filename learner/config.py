@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from learner.backends.megatron.settings import MegatronConfig
 from learner.objectives.config import ObjectiveConfig, require_choice
 from learner.synthetic_config import SyntheticLearnerConfig
 
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("fsdp", "synthetic")
-PLANNED_BACKENDS = ("megatron",)
+BACKENDS = ("fsdp", "megatron", "synthetic")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -57,6 +57,8 @@ class LearnerConfig(ObjectiveConfig):
     """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """How ``backend: megatron`` divides the ranks."""
     synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
     """What ``backend: synthetic`` models."""
 
@@ -67,10 +69,20 @@ class LearnerConfig(ObjectiveConfig):
         self.validate_objective()
         if self.backend == "synthetic":
             self.synthetic.validate()
+        self._validate_megatron()
+
+    def _validate_megatron(self) -> None:
+        if self.backend != "megatron":
+            if self.megatron != MegatronConfig():
+                raise ValueError(
+                    f"learner.megatron has settings, and learner.backend={self.backend} does not read them"
+                )
+            return
+        self.megatron.validate(self.ranks)
+        if self.cpu_offload:
+            raise ValueError("learner.cpu_offload=true is for learner.backend=fsdp; megatron has distributed_optimizer")
 
     def _validate_choices(self) -> None:
-        if self.backend in PLANNED_BACKENDS:
-            raise ValueError(f"learner.backend={self.backend} is not built yet: use {', '.join(BACKENDS)}")
         require_choice("learner.backend", self.backend, BACKENDS)
         require_choice("learner.device", self.device, DEVICES)
         if self.advantage == "gae":
