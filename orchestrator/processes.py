@@ -132,7 +132,7 @@ class Processes:
         from learner.backends.rank_actor import RankActor, RankSettings
 
         learner, resources = self.config.learner, self.resources
-        if learner.ranks == 1 or learner.backend == "synthetic":
+        if learner.backend == "synthetic" or (learner.ranks == 1 and learner.backend != "megatron"):
             return ()
         threads = max(1, resources.learner_threads // learner.ranks)
         return tuple(

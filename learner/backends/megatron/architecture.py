@@ -46,7 +46,6 @@ class Architecture:
         for name, number in (
             ("attention heads", self.heads),
             ("key-value heads", self.kv_heads),
-            ("tokens of the vocabulary", self.vocabulary),
             ("columns of the feed-forward layer", 0 if self.experts else self.feed_forward),
         ):
             if number % sizes.tensor:
@@ -54,6 +53,10 @@ class Architecture:
                     f"learner.megatron.tensor_parallel={sizes.tensor} does not divide the model's {number} {name}: use one "
                     f"of {divisors(number)}"
                 )
+        if self.vocabulary < sizes.tensor**2:
+            raise ModelError(
+                f"learner.megatron.tensor_parallel={sizes.tensor} is too much for the model's vocabulary of {self.vocabulary} tokens"
+            )
         if self.layers % sizes.pipeline:
             raise ModelError(
                 f"learner.megatron.pipeline_parallel={sizes.pipeline} does not divide the model's {self.layers} layers: use "

@@ -75,7 +75,7 @@ class MegatronBackend:
         self._ranks = Ranks(sizes, self.device, config.rank_timeout_s)
         self._build(path)
         self._make_frozen(path, initial)
-        self._loss = Loss(self._ranks, self._reference, self._teacher)
+        self._loss = Loss(self._ranks, self._architecture.vocabulary, self._reference, self._teacher)
         self._places = self._ranks.places()
         logger.info("training %s", self.describe())
 

@@ -59,6 +59,25 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return make
 
 
+def make_experts_ready() -> None:
+    """Call before a layer with experts is built.
+
+    Without TransformerEngine the router asks whether a name is None that is then not defined at all; and without a GPU the numbers of
+    tokens that go to each expert stay tensors where a collective wants plain numbers.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    if not torch.cuda.is_available():
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 @contextmanager
 def cuda_tensor_types() -> Iterator[None]:
     """Meanwhile ``tensor.type()`` names CPU tensors as CUDA ones: Megatron-Core's optimizers tell dtypes by that name."""

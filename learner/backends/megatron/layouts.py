@@ -58,6 +58,30 @@ class Divided:
 
 
 @dataclass(frozen=True)
+class PaddedRows:
+    """One tensor of ``rows`` rows, cut along them; rows of zeros make their number a multiple of the ranks."""
+
+    rows: int
+    divided = True
+
+    def cut(self, whole: Sequence[Tensor], rank: int, ranks: int) -> Tensor:
+        missing = padded(self.rows, ranks) - self.rows
+        return torch.nn.functional.pad(whole[0], (0, 0, 0, missing)).chunk(ranks, 0)[rank]
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(shards))[: self.rows]]
+
+
+def padded(number: int, ranks: int) -> int:
+    """The next multiple of ``ranks``.
+
+    >>> padded(203, 2)
+    204
+    """
+    return -(-number // ranks) * ranks
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Gate over up projection: each rank has its rows of the first, then its rows of the second."""
 

@@ -22,14 +22,20 @@ from learner.objectives.token_statistics import token_logprobs
 class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, inverse_temperatures: Tensor, group: Any, entropy_gradient: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        inverse_temperatures: Tensor,
+        first: int,
+        group: Any,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         scaled = logits.float() * inverse_temperatures[:, None]
         largest = scaled.max(dim=-1).values
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         scaled = scaled.sub_(largest[:, None])
         width = logits.shape[-1]
-        local = targets - dist.get_rank(group) * width
+        local = targets - first
         mine = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1)
         exponentials = scaled.exp()
@@ -61,19 +67,26 @@ class _Parallel(torch.autograd.Function):
         if ctx.entropy_gradient:
             of_entropy = gradients[1] * inverse_temperatures
             result -= of_entropy[:, None] * probabilities * (log_probabilities + entropies[:, None])
-        return result.to(ctx.dtype), None, None, None, None
+        return result.to(ctx.dtype), None, None, None, None, None
 
 
 def parallel_token_logprobs(
-    logits: Tensor, targets: Tensor, inverse_temperatures: Tensor, group: Any, *, entropy_gradient: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    inverse_temperatures: Tensor,
+    group: Any,
+    vocabulary: int,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, of ``logits`` [n, vocabulary / ranks of ``group``]: the part that this rank has.
+    """As `token_logprobs`, of the columns of ``logits`` that this rank has: [n, columns], as many on each rank of ``group``.
 
-    All ranks of ``group`` must call it at once; each gets the same [n].
+    Columns from ``vocabulary`` on stand for no token. All ranks of ``group`` must call it at once; each gets the same [n].
     """
     if dist.get_world_size(group) == 1:
         return token_logprobs(logits, targets, inverse_temperatures, entropy_gradient=entropy_gradient)
+    first = dist.get_rank(group) * logits.shape[-1]
     found: tuple[Tensor, Tensor] = _Parallel.apply(  # type: ignore[no-untyped-call]
-        logits, targets, inverse_temperatures, group, entropy_gradient
+        logits[:, : vocabulary - first], targets, inverse_temperatures, first, group, entropy_gradient
     )
     return found

@@ -8,7 +8,9 @@ import torch
 
 from learner.attention import make_layout
 from learner.backends.megatron.architecture import Architecture
+from learner.backends.megatron.cpu import make_experts_ready
 from learner.backends.megatron.layers import Norm, Packed, RaggedCoreAttention
+from learner.backends.megatron.layouts import padded
 from learner.backends.megatron.parallel import Ranks
 from learner.batching import MicroBatch
 
@@ -78,6 +80,8 @@ def build_stage(model: Architecture, ranks: Ranks, config: Any) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+    if model.experts:
+        make_experts_ready()
     layer = get_gpt_layer_local_spec(
         num_experts=model.experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm"
     )
@@ -91,7 +95,7 @@ def build_stage(model: Architecture, ranks: Ranks, config: Any) -> Any:
     return GPTModel(
         config=config,
         transformer_layer_spec=block,
-        vocab_size=model.vocabulary,
+        vocab_size=padded(model.vocabulary, ranks.sizes.tensor),
         max_sequence_length=0,
         pre_process=ranks.first_stage,
         post_process=ranks.last_stage,

@@ -69,7 +69,7 @@ class ModelOptimizer:
             return None
         limit = self._config.clip_grad
         if 0 < limit < norm:
-            gradients = [p.grad for p in self._optimizer.get_parameters() if p.grad is not None]
+            gradients = [p.grad for part in self._parts() for p in part.get_parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, limit / norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

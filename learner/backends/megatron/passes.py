@@ -80,8 +80,11 @@ class Pipeline:
 class Loss:
     """The objective on the last stage, as a `Judge`."""
 
-    def __init__(self, ranks: Ranks, reference: FrozenModel | None, teacher: FrozenModel | None) -> None:
-        self._ranks, self._reference, self._teacher = ranks, reference, teacher
+    def __init__(
+        self, ranks: Ranks, vocabulary: int, reference: FrozenModel | None, teacher: FrozenModel | None
+    ) -> None:
+        self._ranks, self._vocabulary = ranks, vocabulary
+        self._reference, self._teacher = reference, teacher
 
     def statistics(self, batch: MicroBatch, logits: Tensor, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the batch's targets."""
@@ -90,6 +93,7 @@ class Loss:
             batch.targets,
             batch.inverse_temperatures,
             self._ranks.tensor_group,
+            self._vocabulary,
             entropy_gradient=entropy_gradient,
         )
 
@@ -126,7 +130,7 @@ class Loss:
             return None
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        whole = gather_from_tensor_model_parallel_region(logits)
+        whole = gather_from_tensor_model_parallel_region(logits)[:, : self._vocabulary]
         inverse = batch.inverse_temperatures[:, None]
         return distillation_loss(whole * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
 

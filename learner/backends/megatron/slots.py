@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.backends.megatron.architecture import Architecture
-from learner.backends.megatron.layouts import Copied, Divided, Interleaved, Layout, Stacked
+from learner.backends.megatron.layouts import Copied, Divided, Interleaved, Layout, PaddedRows, Stacked
 from learner.backends.megatron.settings import Sizes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -42,17 +42,17 @@ class Slot:
 def make_slots(model: Architecture, sizes: Sizes) -> list[Slot]:
     """All parameters of the model, in the order of its Hugging Face tensors."""
     last = sizes.pipeline - 1
-    table = ((model.vocabulary, model.hidden),)
-    slots = [Slot((EMBEDDING,), table, "embedding.word_embeddings.weight", Divided(0), 0)]
+    table, rows = ((model.vocabulary, model.hidden),), PaddedRows(model.vocabulary)
+    slots = [Slot((EMBEDDING,), table, "embedding.word_embeddings.weight", rows, 0)]
     each = model.layers // sizes.pipeline
     for layer in range(model.layers):
         stage, local = divmod(layer, each)
         slots += _layer_slots(model, sizes, layer, local, stage)
     slots.append(Slot(("model.norm.weight",), ((model.hidden,),), "decoder.final_layernorm.weight", Copied(), last))
     if not model.tied:
-        slots.append(Slot((HEAD,), table, "output_layer.weight", Divided(0), last))
+        slots.append(Slot((HEAD,), table, "output_layer.weight", rows, last))
     elif last > 0:
-        slots.append(Slot((EMBEDDING,), table, "output_layer.weight", Divided(0), last, copy=True))
+        slots.append(Slot((EMBEDDING,), table, "output_layer.weight", rows, last, copy=True))
     return slots
 
 
