@@ -15,6 +15,7 @@ BENCHMARKS = {
     "fleet": "benchmarks.fleet.command:fleet",
     "kv": "benchmarks.kv:kv",
     "learn": "benchmarks.learn:learn",
+    "packing": "benchmarks.packing:packing",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
     "queue": "benchmarks.queue.command:queue",

@@ -4,7 +4,8 @@
 loop            consumes                          produces                         waits for
 ==============  ================================  ===============================  ================================
 ``run``         groups leased from the queue      one version a step, an ack,      groups; the publication of the
-                                                  metrics, checkpoints             version before
+                                                  metrics, checkpoints             version before; the checkpoint
+                                                                                   before, until it is written
 ``prepare``     the weights of the last step      a copy for the transport         nothing
 ==============  ================================  ===============================  ================================
 
@@ -80,6 +81,10 @@ class LearnerActor:
         self._copied.set()
         self._phase = "starting"
         self._account = process_books().account()
+        self._group: Any = None
+        """The ranks that train together; None: this process trains."""
+        self._writing: asyncio.Future[None] | None = None
+        """The checkpoint that is being written while training goes on."""
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
         self._ended = asyncio.Event()
@@ -93,6 +98,19 @@ class LearnerActor:
 
         ``engine_nodes`` are the host names of the engines: they decide the transport.
         """
+        training = asyncio.ensure_future(self._train(queue, controller, engine_nodes))
+        if self._group is None:
+            return await training
+        lost: asyncio.Future[Exception] = asyncio.ensure_future(self._group.lost())
+        watched: list[asyncio.Future[Any]] = [training, lost]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if training.done():
+            lost.cancel()
+            return training.result()
+        training.cancel()
+        raise lost.result()
+
+    async def _train(self, queue: Any, controller: Any, engine_nodes: list[str]) -> int:
         settings = self._settings
         await self._compute(self._open_sender, engine_nodes)
         consumer = await consumer_for(queue)
@@ -109,11 +127,15 @@ class LearnerActor:
             self._copied.clear()
             publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
             await controller.step_done.remote(version, {**metrics, **self._shares()})
+            if self._writing is not None and self._writing.done():
+                await self._written()
             if self._is_due(version):
                 with _Timer(self, "saving"):
                     await self._save(queue, controller)
         if publication is not None:
             await publication
+        with _Timer(self, "saving"):
+            await self._written()
         self._phase = "finished"
         return int(self._learner.version)
 
@@ -196,10 +218,22 @@ class LearnerActor:
         return version == self._settings.steps or (every > 0 and version % every == 0)
 
     async def _save(self, queue: Any, controller: Any) -> None:
+        """Begin a checkpoint; training goes on while it is written."""
+        await self._written()
         extra = await controller.checkpoint_extra.remote()
-        path = await self._compute(self._learner.save, self._settings.checkpoint_directory, extra)
-        await queue.commit.remote(self._learner.version - 1)
+        await self._compute(self._learner.begin_save, self._settings.checkpoint_directory, extra)
+        self._writing = asyncio.ensure_future(self._write(queue, self._learner.version))
+
+    async def _write(self, queue: Any, version: int) -> None:
+        path = await asyncio.to_thread(self._learner.finish_save)
+        await queue.commit.remote(version - 1)
         logger.info("checkpoint %s written", path)
+
+    async def _written(self) -> None:
+        """The checkpoint that was begun is on disk. Raises CheckpointError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
 
     def _make_learner(self) -> Any:
         settings = self._settings
@@ -219,9 +253,8 @@ class LearnerActor:
         from learner.backends.rank_group import RankGroup
         from learner.learner import Learner
 
-        group = None
         if settings.ranks:
-            group = RankGroup(settings.ranks, settings.learner, settings.learner.rank_timeout_s)
+            self._group = RankGroup(settings.ranks, settings.learner, settings.learner.rank_timeout_s)
         return Learner(
             settings.learner,
             settings.model,
@@ -231,7 +264,7 @@ class LearnerActor:
             keep_checkpoints=settings.keep_checkpoints,
             seed=settings.seed,
             initial=settings.model_path,
-            group=group,
+            group=self._group,
         )
 
     def _load(self, checkpoint: str | None) -> int:

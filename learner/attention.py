@@ -24,7 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 RAGGED_ATTENTION = "millrace_ragged"
 
 MAX_PADDING = 1.25
-"""Sequences share a padded group while it has at most this many times the tokens of its sequences."""
+"""Sequences share a padded group while it has at most this many times the tokens of its sequences, ..."""
+
+MAX_PADDED = 640
+"""... and at most so many tokens more: long sequences gain nothing by sharing an attention call."""
 
 GROUP_OVERHEAD = 256
 """Padded tokens that are worth saving another attention call."""
@@ -70,19 +73,34 @@ def make_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> R
     if any(a < b for a, b in pairwise(lengths)) or (lengths and lengths[-1] < 1):
         raise ValueError(f"sequences must be sorted longest first and not be empty, got lengths {list(lengths)}")
     offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
-    groups, first = [], 0
+    groups = [
+        _make_group(np.asarray(lengths[first:last]), offsets[first : last + 1], device)
+        for first, last in spans(lengths)
+    ]
+    return RaggedLayout(tuple(groups), int(offsets[-1]))
+
+
+def spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Which sequences, sorted longest first, share a padded group: ``first:last`` of each."""
+    found, first = [], 0
     while first < len(lengths):
         last = _end_of_group(lengths, first)
-        groups.append(_make_group(np.asarray(lengths[first:last]), offsets[first : last + 1], device))
+        found.append((first, last))
         first = last
-    return RaggedLayout(tuple(groups), int(offsets[-1]))
+    return found
+
+
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """`RaggedLayout.padded_tokens` of sequences of these lengths, sorted longest first."""
+    return sum(lengths[first] * (last - first) for first, last in spans(lengths))
 
 
 def _end_of_group(lengths: Sequence[int], first: int) -> int:
     longest, tokens = lengths[first], 0
     for index in range(first, len(lengths)):
         padded = longest * (index - first + 1)
-        if padded > (tokens + lengths[index]) * MAX_PADDING + GROUP_OVERHEAD:
+        inside = tokens + lengths[index]
+        if padded - inside > min(inside * (MAX_PADDING - 1), MAX_PADDED) + GROUP_OVERHEAD:
             return index
         tokens += lengths[index]
     return len(lengths)

@@ -7,8 +7,9 @@ each into the first micro-batch that has room (first-fit decreasing), and lie en
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from experience.records import Group, Status, Trajectory
 from experience.staleness import loss_mask
 from learner.attention import RaggedLayout, make_layout
 from learner.objectives.advantages import trajectory_advantages
+
+Item = TypeVar("Item", bound=Sized)
+"""What is packed by its length."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ def tokens_of(samples: Sequence[Sample]) -> int:
     return sum(map(len, samples))
 
 
-def pack(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
+def pack(samples: Sequence[Item], token_budget: int) -> list[list[Item]]:
     """Micro-batches of at most ``token_budget`` input tokens (or one longer sample alone), each longest first."""
-    bins: list[list[Sample]] = []
+    bins: list[list[Item]] = []
     room: list[int] = []
     for sample in sorted(samples, key=len, reverse=True):
         index = next((i for i, left in enumerate(room) if left >= len(sample)), len(bins))
@@ -135,13 +139,13 @@ def pack(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
     return bins
 
 
-def balance(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+def balance(samples: Sequence[Item], count: int) -> list[list[Item]]:
     """``count`` bins with as even a number of input tokens as can be had, each longest first; some may be empty.
 
     The longest sample that is left goes to the emptiest bin (Graham 1969, longest processing time first): the fullest bin
     has at most 4/3 - 1/(3 count) times what the best division would give it.
     """
-    bins: list[list[Sample]] = [[] for _ in range(count)]
+    bins: list[list[Item]] = [[] for _ in range(count)]
     loads = [(0, index) for index in range(count)]
     for sample in sorted(samples, key=len, reverse=True):
         load, index = heapq.heappop(loads)

@@ -9,6 +9,7 @@ from learner.synthetic_config import SyntheticLearnerConfig
 
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("fsdp", "synthetic")
+OPTIMIZERS = ("adamw", "sgd")
 PLANNED_BACKENDS = ("megatron",)
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -36,6 +37,8 @@ class LearnerConfig(ObjectiveConfig):
 
     backend: str = "fsdp"
     ranks: int = 1
+    optimizer: str = "adamw"
+    """``sgd`` is plain: no momentum, no state; ``betas`` say nothing to it."""
     lr: float = 5e-4
     warm_up_steps: int = 5
     """The learning rate rises linearly over that many steps, then stays."""
@@ -73,6 +76,7 @@ class LearnerConfig(ObjectiveConfig):
             raise ValueError(f"learner.backend={self.backend} is not built yet: use {', '.join(BACKENDS)}")
         require_choice("learner.backend", self.backend, BACKENDS)
         require_choice("learner.device", self.device, DEVICES)
+        require_choice("learner.optimizer", self.optimizer, OPTIMIZERS)
         if self.advantage == "gae":
             raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
 

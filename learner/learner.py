@@ -7,20 +7,17 @@ nothing to learn from or had to be skipped: versions count steps, so that pacing
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from experience.wire import decode_group
 from learner.backends.make import make_backend
 from learner.backends.ranks import LearnerRanks, OneRank
 from learner.checkpoint import (
-    OPTIMIZER_FILE,
-    REFERENCE_FILE,
     CheckpointState,
     begin_checkpoint,
     commit_checkpoint,
@@ -39,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 CPU_PASS_TOKENS = 2560
 """Largest pass on a CPU: shorter ones pay more overhead a token, the activations of longer ones fall out of the cache."""
-
-RNG_KEY = "rng/torch"
 
 
 class Learner:
@@ -80,6 +75,7 @@ class Learner:
         self._group = group
         self._source: Path | None = None
         self._step: StreamingStep | None = None
+        self._saving: tuple[Path, CheckpointState] | None = None
         self._bad_in_a_row = 0
         self._skipped = 0
 
@@ -103,16 +99,7 @@ class Learner:
         directory = Path(path)
         state = read_checkpoint(directory)
         self.load(directory)
-        try:
-            tensors = load_file(directory / OPTIMIZER_FILE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{directory / OPTIMIZER_FILE} cannot be read: {error}") from error
-        rng = tensors.pop(RNG_KEY, None)
-        if rng is not None:
-            torch.set_rng_state(rng)
-        self._loaded().load_optimizer_state(tensors, state.updates)
-        if (directory / REFERENCE_FILE).exists():
-            self._loaded().load_reference_state(load_file(directory / REFERENCE_FILE))
+        self._loaded().restore(directory, state.updates)
         self.version, self.extra = state.version, state.extra
         return state
 
@@ -150,20 +137,38 @@ class Learner:
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Writes a checkpoint of the present version into ``directory``; returns its path. Raises CheckpointError."""
-        backend = self._loaded()
+        self.begin_save(directory, extra)
+        return self.finish_save()
+
+    def begin_save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Copies what a checkpoint of the present version holds and begins to write it; training may go on after that.
+
+        `finish_save` must follow before the next one. Raises CheckpointError.
+        """
+        if self._saving is not None:
+            raise LearnerError(f"{self._saving[0]} is still being written: call finish_save first")
+        ranks = self._loaded()
+        state = CheckpointState(self.version, self.version, ranks.updates, extra or {})
         temporary = begin_checkpoint(Path(directory), self.version)
+        ranks.begin_save(temporary)
+        self._saving = temporary, state
+
+    def finish_save(self) -> Path:
+        """Waits until the checkpoint that was begun is whole on disk, and returns its path; may run beside training.
+
+        Raises CheckpointError; the checkpoints before it are as they were.
+        """
+        if self._saving is None:
+            raise LearnerError("no checkpoint is being written: call begin_save first")
+        (temporary, state), self._saving = self._saving, None
         try:
-            self._write_model(temporary)
-            save_file({**backend.optimizer_state(), RNG_KEY: torch.get_rng_state()}, temporary / OPTIMIZER_FILE)
-            reference = backend.reference_state()
-            if reference:
-                save_file(reference, temporary / REFERENCE_FILE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot write a checkpoint to {directory}: {error}; free space there, then resume the run"
-            ) from error
-        state = CheckpointState(self.version, self.version, backend.updates, extra or {})
-        written = commit_checkpoint(temporary, state, self._keep)
+            self._loaded().finish_save()
+            if self._source is not None:
+                copy_tokenizer(self._source, temporary)
+            written = commit_checkpoint(temporary, state, self._keep)
+        except CheckpointError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self._source = source_after(self._source, written)
         return written
 

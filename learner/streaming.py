@@ -14,11 +14,12 @@ import numpy as np
 
 from experience.records import Group
 from learner.backends.ranks import LearnerRanks
-from learner.batching import GroupSamples, Sample, balance, make_samples, pack, tokens_of
+from learner.batching import GroupSamples, Sample, make_samples, pack, tokens_of
 from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import step_mask
 from learner.objectives.sums import TokenSums
+from learner.packing import PackingCounts, even_bins
 
 SUCCESS_REWARD = 1.0
 """An episode counts as a success from this reward on."""
@@ -61,6 +62,9 @@ class StreamingStep:
         self._pending: list[Sample] = []
         self._sums = TokenSums()
         self._passes = 0
+        self._rounds: list[list[list[Sample]]] = []
+        """The passes so far, as they ran: looked through again when the gradient they add up to is not finite."""
+        self._packing = PackingCounts(ranks.width)
         self._bad: list[str] = []
 
     def add(self, groups: Iterable[Group]) -> None:
@@ -89,12 +93,8 @@ class StreamingStep:
         self._run(self._even(pending))
 
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Bins for what is left: as many for each rank, with as even a load as can be had."""
-        width, budget = self._ranks.width, self._settings.pass_tokens
-        bins = pack(samples, budget)
-        if width == 1 or not bins:
-            return bins
-        return balance(samples, -(-len(bins) // width) * width)
+        """Bins for what is left."""
+        return even_bins(samples, self._ranks.width, self._settings.pass_tokens)
 
     def finish(self) -> StepResult:
         """Runs the rest, normalises and updates the weights."""
@@ -110,11 +110,14 @@ class StreamingStep:
             norm = None
         elif self._sums.normaliser > 0:
             norm = self._ranks.step(self._sums.normaliser)
+            if norm is None:
+                self._bad = self._culprits()
         applied = norm is not None
         metrics = {
             "loss": 0.0,
             **self._sums.metrics(),
             **group_metrics(self._groups, applied, self._passes),
+            **self._packing.metrics(),
             **_norm(norm),
         }
         return StepResult(metrics, applied, self._bad)
@@ -158,6 +161,33 @@ class StreamingStep:
         self._sums.add(done.sums)
         self._bad.extend(done.bad_samples)
         self._passes += len(bins)
+        width = self._ranks.width
+        self._rounds += [bins[first : first + width] for first in range(0, len(bins), width)]
+        self._packing.add(bins)
+
+    def _culprits(self) -> list[str]:
+        """The trajectories whose gradient is not finite, found by running the step's passes again, one after another.
+
+        None where only the sum of all is not finite.
+        """
+        for bins in self._rounds:
+            if not self._is_finite(bins):
+                members = [sample for samples in bins for sample in samples]
+                return [_span(sample) for sample in members if not self._is_finite([[sample]])] or [
+                    *map(_span, members)
+                ]
+        return []
+
+    def _is_finite(self, bins: list[list[Sample]]) -> bool:
+        self._ranks.train(bins, self._settings.objective)
+        finite = self._ranks.gradient_is_finite()
+        self._ranks.discard_gradient()
+        return finite
+
+
+def _span(sample: Sample) -> str:
+    first, last = sample.positions[[0, -1]] + 1
+    return f"{sample.group_id}/{sample.trajectory_id} tokens {first} to {last}"
 
 
 def _norm(norm: float | None) -> dict[str, float]:

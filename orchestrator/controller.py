@@ -189,7 +189,7 @@ class Controller:
     async def _start_actors(self) -> None:
         config, supervisor = self._config, self._supervisor
         counts = [
-            (self._role("learner", self._learner_ready, replace=False), config.learner.ranks),
+            (self._role("learner", self._learner_ready, replace=False), 1),
             (self._crew.role, config.engines.count),
             (self._role("queue", self._queue_ready, replace=False), 1),
             (self._role("environment", partial(self._helper_ready, "environment")), config.environments.actors),

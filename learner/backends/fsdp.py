@@ -34,7 +34,8 @@ from learner.objectives.token_statistics import token_logprobs
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""Tensors that an optimizer keeps for each parameter."""
 
 
 class FsdpBackend:
@@ -62,13 +63,8 @@ class FsdpBackend:
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
         self._parameters: dict[str, torch.nn.Parameter] = dict(self._model.named_parameters())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(list(self._parameters.values()), config)
+        self._moments = MOMENTS[config.optimizer]
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
         if config.kl_coef > 0:
@@ -137,6 +133,8 @@ class FsdpBackend:
         terms = policy_loss(tokens, objective)
         loss = (terms.loss * batch.weights).sum()
         if not math.isfinite(float(loss.detach())):
+            if self._world > 1:  # the other ranks are in their backward passes and wait for this one
+                (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
             return PassResult(TokenSums(), _bad_samples(batch, terms.loss))
         loss.backward()  # type: ignore[no-untyped-call]
         sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
@@ -150,11 +148,11 @@ class FsdpBackend:
         return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
 
     def step(self, normaliser: float) -> float | None:
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = self._gradients()
         if not gradients:
             return 0.0
         torch._foreach_mul_(gradients, 1.0 / normaliser)
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        norm = _norm(gradients)
         if not math.isfinite(norm):
             self.discard_gradient()
             return None
@@ -169,11 +167,17 @@ class FsdpBackend:
         self._move_reference()
         return norm
 
+    def gradient_is_finite(self) -> bool:
+        return math.isfinite(_norm(self._gradients()))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
     def _move_reference(self) -> None:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
         every = self._config.reference_reset_every
         if self._reference is not None and every and self.updates % every == 0:
-            self._reference.take(self._parameters.items())
+            self._reference.take((name, whole(parameter.detach())) for name, parameter in self._parameters.items())
             logger.info("the reference policy is that of update %d", self.updates)
 
     def reference_state(self) -> dict[str, torch.Tensor]:
@@ -197,6 +201,15 @@ class FsdpBackend:
         for name, parameter in self._parameters.items():
             yield name, whole(parameter.detach().to(self._dtype))
 
+    def master_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach()
+
+    def save_config(self, directory: Path) -> None:
+        self._model.config.save_pretrained(directory)
+        if self._model.can_generate():
+            self._model.generation_config.save_pretrained(directory)
+
     def save_model(self, directory: Path) -> None:
         if self._world == 1:
             self._model.save_pretrained(directory, safe_serialization=True)
@@ -208,23 +221,23 @@ class FsdpBackend:
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
+            for moment in self._moments:
                 known = self._optimizer.state.get(parameter, {}).get(moment)
                 if known is not None:
-                    state[f"{moment}/{name}"] = whole(known.detach()).cpu().contiguous()
+                    state[f"{moment}/{name}"] = known.detach()
         return state
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        expected = {f"{moment}/{name}" for moment in MOMENTS for name in self._parameters} if updates else set()
+        expected = {f"{moment}/{name}" for moment in self._moments for name in self._parameters} if updates else set()
         if expected != state.keys():
             strange = sorted(expected ^ state.keys())[:3]
             raise CheckpointError(f"the optimizer state is not this model's: {', '.join(strange)} do not match")
         self.updates = updates
         self._optimizer.state.clear()
-        if not updates:
+        if not updates or not self._moments:
             return
         for name, parameter in self._parameters.items():
-            moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in self._moments}
             if any(value.shape != parameter.shape for value in moments.values()):
                 raise CheckpointError(f"the optimizer state of {name} does not have the shape of the parameter")
             moments = {moment: as_sharded(value, parameter) for moment, value in moments.items()}
@@ -239,10 +252,29 @@ class FsdpBackend:
         return torch.autocast(self.device.type, dtype=self._dtype)
 
 
+def _norm(gradients: list[torch.Tensor]) -> float:
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
+    """What ``learner.optimizer`` asks for."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
 def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
-    bad = batch.sample_of[~torch.isfinite(per_token.detach())].unique().tolist()
-    named = [batch.samples[index] for index in bad] or batch.samples
-    return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)
+    """Names the trajectories whose tokens have no finite loss, with the range that those tokens span."""
+    bad = ~torch.isfinite(per_token.detach())
+    where = batch.position_ids[0, batch.positions] + 1  # what is predicted at a position is the next token
+    named = []
+    for index in batch.sample_of[bad].unique().tolist():
+        tokens = where[bad & (batch.sample_of == index)]
+        sample = batch.samples[index]
+        span = f"tokens {int(tokens.min())} to {int(tokens.max())}"
+        named.append(f"{sample.group_id}/{sample.trajectory_id} {span}")
+    return tuple(named) or tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in batch.samples)
 
 
 def _nothing(device: torch.device) -> MicroBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from learner.backends.checkpoint_files import CheckpointFiles
 from learner.backends.make import make_backend
-from learner.backends.process_group import free_address, join
+from learner.backends.process_group import checkpoint_group, free_address, join
 from learner.backends.protocol import PassResult, TrainingBackend
 from learner.backends.ranks import Bin, bin_logprobs, train_bin
 from learner.config import LearnerConfig
@@ -23,6 +25,9 @@ from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
 
 Found = TypeVar("Found")
+
+SAVE_TIMEOUT_S = 3600.0
+"""How long the ranks wait for each other while they write a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,15 @@ class RankActor:
         torch.set_num_threads(max(1, settings.threads))
         torch.manual_seed(settings.seed)
         self._backend: TrainingBackend | None = None
+        self._files: CheckpointFiles | None = None
 
     def where(self) -> tuple[str, int]:
         """Host name and process id."""
         return socket.gethostname(), os.getpid()
+
+    async def alive(self) -> None:
+        """Ends with the process only."""
+        await asyncio.Event().wait()
 
     def address(self) -> str:
         """Where the ranks can meet, if this one is the first."""
@@ -62,6 +72,7 @@ class RankActor:
         settings = self._settings
         device = resolve_device(settings.config.device)
         join(address, settings.rank, settings.world, device, settings.timeout_s)
+        self._files = CheckpointFiles(checkpoint_group(SAVE_TIMEOUT_S))
 
     def load(self, path: str, initial: str | None) -> dict[str, Any]:
         """Build model and optimizer; returns what `TrainingBackend.describe` tells. Raises ModelError."""
@@ -85,6 +96,9 @@ class RankActor:
     def step(self, normaliser: float) -> float | None:
         return self._loaded.step(normaliser)
 
+    def gradient_is_finite(self) -> bool:
+        return self._loaded.gradient_is_finite()
+
     def discard_gradient(self) -> None:
         self._loaded.discard_gradient()
 
@@ -95,23 +109,31 @@ class RankActor:
     def save_model(self, directory: str) -> None:
         self._loaded.save_model(Path(directory))
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        return self._on_first(self._loaded.optimizer_state(), {})
+    def begin_save(self, directory: str) -> None:
+        """Copy this rank's part of a checkpoint and begin to write it. Raises CheckpointError."""
+        self._joined.begin_save(self._loaded, Path(directory))
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        self._loaded.load_optimizer_state(state, updates)
+    async def finish_save(self) -> None:
+        """Until the checkpoint is written; training calls are answered meanwhile. Raises CheckpointError."""
+        writing = self._joined.writing()
+        if writing is not None:
+            await asyncio.wrap_future(writing)
 
-    def reference_state(self) -> dict[str, torch.Tensor]:
-        return self._on_first(self._loaded.reference_state(), {})
-
-    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._loaded.load_reference_state(state)
+    def restore(self, directory: str, updates: int) -> None:
+        """Read optimizer, random numbers and reference policy of a checkpoint. Raises CheckpointError."""
+        self._joined.restore(self._loaded, Path(directory), updates)
 
     @property
     def _loaded(self) -> TrainingBackend:
         if self._backend is None:
             raise LearnerError(f"rank {self._settings.rank} has no model yet: call load first")
         return self._backend
+
+    @property
+    def _joined(self) -> CheckpointFiles:
+        if self._files is None:
+            raise LearnerError(f"rank {self._settings.rank} has not met the others yet: call join first")
+        return self._files
 
     def _on_first(self, found: Found, otherwise: Found) -> Found:
         return found if self._settings.rank == 0 else otherwise

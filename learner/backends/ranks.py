@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from learner.backends.checkpoint_files import CheckpointFiles
 from learner.backends.protocol import PassResult, TrainingBackend
 from learner.batching import Sample, collate
 from learner.objectives.config import ObjectiveConfig
@@ -57,21 +58,34 @@ class LearnerRanks(Protocol):
         """See `TrainingBackend.step`."""
         ...
 
+    def gradient_is_finite(self) -> bool:
+        """See `TrainingBackend.gradient_is_finite`."""
+        ...
+
     def discard_gradient(self) -> None: ...
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         """See `TrainingBackend.named_tensors`."""
         ...
 
-    def save_model(self, directory: Path) -> None: ...
+    def save_model(self, directory: Path) -> None:
+        """Writes a Hugging Face directory (without tokenizer)."""
+        ...
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]: ...
+    def begin_save(self, directory: Path) -> None:
+        """Copies what a checkpoint holds (but the tokenizer) and begins to write it; training may go on after that.
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None: ...
+        Raises CheckpointError.
+        """
+        ...
 
-    def reference_state(self) -> dict[str, torch.Tensor]: ...
+    def finish_save(self) -> None:
+        """Waits until that is written; may run beside training, on another thread. Raises CheckpointError."""
+        ...
 
-    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None: ...
+    def restore(self, directory: Path, updates: int) -> None:
+        """Reads what a checkpoint holds besides weights. Raises CheckpointError."""
+        ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -83,6 +97,7 @@ class OneRank:
 
     def __init__(self, backend: TrainingBackend) -> None:
         self.backend = backend
+        self._files = CheckpointFiles(None)
 
     @property
     def on_cpu(self) -> bool:
@@ -111,6 +126,9 @@ class OneRank:
     def step(self, normaliser: float) -> float | None:
         return self.backend.step(normaliser)
 
+    def gradient_is_finite(self) -> bool:
+        return self.backend.gradient_is_finite()
+
     def discard_gradient(self) -> None:
         self.backend.discard_gradient()
 
@@ -120,17 +138,14 @@ class OneRank:
     def save_model(self, directory: Path) -> None:
         self.backend.save_model(directory)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        return self.backend.optimizer_state()
+    def begin_save(self, directory: Path) -> None:
+        self._files.begin_save(self.backend, directory)
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        self.backend.load_optimizer_state(state, updates)
+    def finish_save(self) -> None:
+        self._files.finish_save()
 
-    def reference_state(self) -> dict[str, torch.Tensor]:
-        return self.backend.reference_state()
-
-    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.backend.load_reference_state(state)
+    def restore(self, directory: Path, updates: int) -> None:
+        self._files.restore(self.backend, directory, updates)
 
     def describe(self) -> dict[str, Any]:
         return self.backend.describe()

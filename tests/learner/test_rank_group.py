@@ -14,7 +14,7 @@ import torch
 from learner_fixtures import make_groups, make_learner, train_step
 
 from learner.backends.rank_actor import RankActor, RankSettings
-from learner.backends.rank_group import RankGroup, imbalance
+from learner.backends.rank_group import RankGroup
 from learner.config import LearnerConfig, ModelConfig
 from learner.errors import LearnerError, ModelError
 from learner.learner import Learner
@@ -88,9 +88,3 @@ def test_what_one_rank_cannot_do_is_told_as_it_is(cluster: None, tmp_path: Path)
     group = make_group(2)
     with pytest.raises(ModelError, match="no such directory"):
         group.load(tmp_path / "nowhere", None)
-
-
-def test_imbalance() -> None:
-    assert imbalance([100, 100]) == 0.0
-    assert imbalance([]) == 0.0
-    assert imbalance([120, 80]) == pytest.approx(0.2)
