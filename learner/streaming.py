@@ -14,11 +14,12 @@ import numpy as np
 
 from experience.records import Group
 from learner.backends.ranks import LearnerRanks
-from learner.batching import GroupSamples, Sample, balance, make_samples, pack, tokens_of
+from learner.batching import GroupSamples, Sample, make_samples, tokens_of
 from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import step_mask
 from learner.objectives.sums import TokenSums
+from learner.tree_packing import balance_shared, computed_tokens, pack_shared
 
 SUCCESS_REWARD = 1.0
 """An episode counts as a success from this reward on."""
@@ -61,6 +62,7 @@ class StreamingStep:
         self._pending: list[Sample] = []
         self._sums = TokenSums()
         self._passes = 0
+        self._tokens = self._saved = 0
         self._bad: list[str] = []
 
     def add(self, groups: Iterable[Group]) -> None:
@@ -73,8 +75,8 @@ class StreamingStep:
         if self._settings.whole_step:
             return
         width, budget = self._ranks.width, self._settings.pass_tokens
-        if tokens_of(self._pending) >= budget * width:
-            bins = sorted(pack(self._pending, budget), key=tokens_of, reverse=True)
+        if self._computed(self._pending) >= budget * width:
+            bins = sorted(pack_shared(self._pending, budget, self._ranks.sharing), key=self._computed, reverse=True)
             count = max(1, (len(bins) - 1) // width) * width
             self._pending = [sample for samples in bins[count:] for sample in samples]
             self._run(bins[:count])
@@ -91,10 +93,13 @@ class StreamingStep:
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
         """Bins for what is left: as many for each rank, with as even a load as can be had."""
         width, budget = self._ranks.width, self._settings.pass_tokens
-        bins = pack(samples, budget)
+        bins = pack_shared(samples, budget, self._ranks.sharing)
         if width == 1 or not bins:
             return bins
-        return balance(samples, -(-len(bins) // width) * width)
+        return balance_shared(samples, -(-len(bins) // width) * width, self._ranks.sharing)
+
+    def _computed(self, samples: Sequence[Sample]) -> int:
+        return computed_tokens(samples, self._ranks.sharing)
 
     def finish(self) -> StepResult:
         """Runs the rest, normalises and updates the weights."""
@@ -115,6 +120,7 @@ class StreamingStep:
             "loss": 0.0,
             **self._sums.metrics(),
             **group_metrics(self._groups, applied, self._passes),
+            "packing/prefix_saved": self._saved / self._tokens if self._tokens else 0.0,
             **_norm(norm),
         }
         return StepResult(metrics, applied, self._bad)
@@ -158,6 +164,8 @@ class StreamingStep:
         self._sums.add(done.sums)
         self._bad.extend(done.bad_samples)
         self._passes += len(bins)
+        self._tokens += sum(map(tokens_of, bins))
+        self._saved += sum(tokens_of(samples) - self._computed(samples) for samples in bins)
 
 
 def _norm(norm: float | None) -> dict[str, float]:

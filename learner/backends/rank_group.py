@@ -13,11 +13,12 @@ import torch
 
 from learner.backends.protocol import PassResult
 from learner.backends.ranks import Bin
-from learner.batching import tokens_of
 from learner.config import LearnerConfig
 from learner.errors import LearnerError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
+from learner.tree_packing import computed_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ class RankGroup:
         """Data-parallel ranks."""
         return int(self._facts.get("data_parallel", len(self._ranks)))
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
+        return self._config.sharing if self._facts.get("shares_prefixes", False) else None
+
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""
         if not self._facts:
@@ -59,7 +65,7 @@ class RankGroup:
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         shares = self._shared(bins)
-        self.imbalance.append(imbalance([sum(map(tokens_of, share)) for share in shares]))
+        self.imbalance.append(imbalance([sum(map(self._tokens, share)) for share in shares]))
         results: list[PassResult] = self._each("train", shares, objective)
         sums = TokenSums()
         bad: list[str] = []
@@ -107,6 +113,9 @@ class RankGroup:
 
     def describe(self) -> dict[str, Any]:
         return {**self._facts, "ranks": len(self._ranks)}
+
+    def _tokens(self, samples: Bin) -> int:
+        return computed_tokens(samples, self.sharing)
 
     # Calls
 
