@@ -19,6 +19,8 @@ from experience.records import Group, Status, Trajectory
 from experience.staleness import loss_mask
 from learner.attention import RaggedLayout, make_layout
 from learner.objectives.advantages import trajectory_advantages
+from learner.prefix_tree import PrefixForest, Sharing, build_forest
+from learner.tree_attention import TreeLayout, make_tree_layout
 
 Item = TypeVar("Item", bound=Sized)
 """What is packed by its length."""
@@ -155,14 +157,28 @@ def balance(samples: Sequence[Item], count: int) -> list[list[Item]]:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a model is asked where samples that share a prefix train the same tokens of it: each of m once."""
+
+    positions: torch.Tensor
+    """int64 [m]: columns of the row."""
+    targets: torch.Tensor
+    """int64 [m]."""
+    inverse_temperatures: torch.Tensor
+    """float32 [m]."""
+    of: torch.Tensor
+    """int64 [n]: which of the m each of the n is."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """Samples end to end in one row of T tokens, n of whose positions carry loss."""
+    """Samples in one row of T tokens, n of whose positions carry loss: end to end, or a forest of their prefixes."""
 
     inputs: torch.Tensor
     """int64 [1, T]."""
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in each sequence."""
-    layout: RaggedLayout
+    layout: RaggedLayout | TreeLayout
     positions: torch.Tensor
     """int64 [n]: columns of ``inputs`` where a target is predicted."""
     targets: torch.Tensor
@@ -184,6 +200,17 @@ class MicroBatch:
     samples: tuple[Sample, ...]
     normaliser: float
     """What the batch adds to the step's normaliser: its targets, or its trajectories."""
+    distinct: Predictions | None = None
+    """The n predictions without repeats; None where none is repeated."""
+
+    @property
+    def asked(self) -> Predictions | MicroBatch:
+        """What to ask the model: ``positions``, ``targets`` and ``inverse_temperatures`` of m <= n predictions."""
+        return self if self.distinct is None else self.distinct
+
+    def spread(self, answers: torch.Tensor) -> torch.Tensor:
+        """One answer for each prediction asked, ``[m, ...]``, to one for each target, ``[n, ...]``."""
+        return answers if self.distinct is None else answers.index_select(0, self.distinct.of)
 
 
 def token_weights(counts: Sequence[int], aggregation: str, constant_length: int | None) -> list[float]:
@@ -204,17 +231,59 @@ def token_weights(counts: Sequence[int], aggregation: str, constant_length: int 
     raise ValueError(f"unknown aggregation {aggregation!r}: use token, sequence or constant")
 
 
+@dataclass(frozen=True)
+class _Row:
+    """How samples lie in one row."""
+
+    inputs: npt.NDArray[np.int32]
+    position_ids: npt.NDArray[np.int64]
+    layout: RaggedLayout | TreeLayout
+    positions: npt.NDArray[np.int64]
+    """[n]: columns where targets are predicted."""
+
+
+def _end_to_end(samples: Sequence[Sample], device: torch.device | str) -> _Row:
+    lengths = [len(sample) for sample in samples]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    return _Row(
+        inputs=np.concatenate([s.inputs for s in samples]),
+        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        layout=make_layout(lengths, device),
+        positions=np.concatenate([s.positions + o for s, o in zip(samples, offsets, strict=True)]),
+    )
+
+
+def _as_forest(samples: Sequence[Sample], forest: PrefixForest, device: torch.device | str) -> _Row:
+    return _Row(
+        inputs=forest.tokens,
+        position_ids=forest.positions,
+        layout=make_tree_layout(forest, device),
+        positions=np.concatenate([forest.columns(i, s.positions) for i, s in enumerate(samples)]),
+    )
+
+
+def _make_row(samples: Sequence[Sample], device: torch.device | str, sharing: Sharing | None) -> _Row:
+    if sharing is not None and len(samples) > 1:
+        forest = build_forest([sample.inputs for sample in samples], sharing)
+        if len(forest) < tokens_of(samples):
+            return _as_forest(samples, forest, device)
+    return _end_to_end(samples, device)
+
+
 def collate(
     samples: Sequence[Sample],
     aggregation: str,
     device: torch.device | str = "cpu",
     constant_length: int | None = None,
+    sharing: Sharing | None = None,
 ) -> MicroBatch:
-    """The micro-batch of samples that are sorted longest first; ``aggregation`` as in `token_weights`."""
-    lengths = [len(sample) for sample in samples]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    """The micro-batch of samples that are sorted longest first; ``aggregation`` as in `token_weights`.
+
+    With ``sharing`` the row is a forest of the samples' prefixes where any is worth sharing.
+    """
     counts = [len(sample.targets) for sample in samples]
     per_sample_weight = token_weights(counts, aggregation, constant_length)
+    row = _make_row(samples, device, sharing)
 
     def repeated(values: Sequence[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), counts)).to(device)
@@ -222,22 +291,38 @@ def collate(
     def joined(arrays: Iterable[npt.NDArray[np.generic]], dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(list(arrays)).astype(dtype)).to(device)
 
+    targets = joined((s.targets for s in samples), np.int64)
+    positions = torch.from_numpy(row.positions).to(device)
+    inverse_temperatures = repeated([1.0 / s.temperature if s.temperature > 0 else 1.0 for s in samples])
     return MicroBatch(
-        inputs=joined((s.inputs for s in samples), np.int64)[None],
-        position_ids=joined((np.arange(n) for n in lengths), np.int64)[None],
-        layout=make_layout(lengths, device),
-        positions=joined((s.positions + o for s, o in zip(samples, offsets, strict=True)), np.int64),
-        targets=joined((s.targets for s in samples), np.int64),
+        inputs=torch.from_numpy(row.inputs.astype(np.int64)).to(device)[None],
+        position_ids=torch.from_numpy(row.position_ids).to(device)[None],
+        layout=row.layout,
+        positions=positions,
+        targets=targets,
         behaviour=joined((s.behaviour for s in samples), np.float32),
         advantages=repeated([s.advantage for s in samples]),
         weights=repeated(per_sample_weight),
-        inverse_temperatures=repeated([1.0 / s.temperature if s.temperature > 0 else 1.0 for s in samples]),
+        inverse_temperatures=inverse_temperatures,
         lags=joined((s.lags for s in samples), np.int64),
         sample_of=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)).to(device),
         stays=_stays(samples, device),
         samples=tuple(samples),
         normaliser=float(sum(counts) if aggregation == "token" else len(samples)),
+        distinct=_distinct(positions, targets, inverse_temperatures) if isinstance(row.layout, TreeLayout) else None,
     )
+
+
+def _distinct(positions: torch.Tensor, targets: torch.Tensor, inverse_temperatures: torch.Tensor) -> Predictions | None:
+    """The predictions without repeats; None where there are none."""
+    _, temperature_of = inverse_temperatures.unique(return_inverse=True)
+    rows = torch.stack([positions, targets, temperature_of], dim=1)
+    distinct, of = rows.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(rows):
+        return None
+    first = torch.empty(len(distinct), dtype=torch.int64, device=of.device)
+    first[of] = torch.arange(len(of), device=of.device)
+    return Predictions(positions[first], targets[first], inverse_temperatures[first], of)
 
 
 def _stays(samples: Sequence[Sample], device: torch.device | str) -> torch.Tensor | None:

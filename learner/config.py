@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from learner.objectives.config import ObjectiveConfig, require_choice
+from learner.prefix_tree import ALWAYS, WHERE_IT_PAYS, Sharing
 from learner.synthetic_config import SyntheticLearnerConfig
 
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("fsdp", "synthetic")
 OPTIMIZERS = ("adamw", "sgd")
 PLANNED_BACKENDS = ("megatron",)
+PREFIX_SHARING = {"auto": WHERE_IT_PAYS, "on": ALWAYS, "off": None}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -48,6 +50,9 @@ class LearnerConfig(ObjectiveConfig):
     """Largest norm of the gradient; 0 turns clipping off."""
     token_budget: int = 8192
     """Most tokens in one forward and backward pass (a single longer trajectory still runs, alone)."""
+    prefix_sharing: str = "auto"
+    """Common prefixes of trajectories are computed once: where that saves more than it costs (``auto``), wherever there is one
+    (``on``), or nowhere (``off``). Loss and gradient are the same."""
     skip_no_signal: bool = True
     """Groups whose advantages are all zero run no forward pass and do not count in the normaliser."""
     threads: int | None = None
@@ -71,12 +76,18 @@ class LearnerConfig(ObjectiveConfig):
         if self.backend == "synthetic":
             self.synthetic.validate()
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """`prefix_sharing` as the rule that it stands for."""
+        return PREFIX_SHARING[self.prefix_sharing]
+
     def _validate_choices(self) -> None:
         if self.backend in PLANNED_BACKENDS:
             raise ValueError(f"learner.backend={self.backend} is not built yet: use {', '.join(BACKENDS)}")
         require_choice("learner.backend", self.backend, BACKENDS)
         require_choice("learner.device", self.device, DEVICES)
         require_choice("learner.optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("learner.prefix_sharing", self.prefix_sharing, tuple(PREFIX_SHARING))
         if self.advantage == "gae":
             raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from experience.records import Group
 from learner.backends.ranks import LearnerRanks
-from learner.batching import GroupSamples, Sample, make_samples, pack, tokens_of
+from learner.batching import GroupSamples, Sample, make_samples
 from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.policy_loss import step_mask
 from learner.objectives.sums import TokenSums
 from learner.packing import PackingCounts, even_bins
+from learner.tree_packing import packer_for
 
 SUCCESS_REWARD = 1.0
 """An episode counts as a success from this reward on."""
@@ -64,7 +65,8 @@ class StreamingStep:
         self._passes = 0
         self._rounds: list[list[list[Sample]]] = []
         """The passes so far, as they ran: looked through again when the gradient they add up to is not finite."""
-        self._packing = PackingCounts(ranks.width)
+        self._packer = packer_for(ranks.sharing)
+        self._packing = PackingCounts(ranks.width, self._packer)
         self._bad: list[str] = []
 
     def add(self, groups: Iterable[Group]) -> None:
@@ -77,8 +79,8 @@ class StreamingStep:
         if self._settings.whole_step:
             return
         width, budget = self._ranks.width, self._settings.pass_tokens
-        if tokens_of(self._pending) >= budget * width:
-            bins = sorted(pack(self._pending, budget), key=tokens_of, reverse=True)
+        if self._packer.load(self._pending) >= budget * width:
+            bins = sorted(self._packer.pack(self._pending, budget), key=self._packer.load, reverse=True)
             count = max(1, (len(bins) - 1) // width) * width
             self._pending = [sample for samples in bins[count:] for sample in samples]
             self._run(bins[:count])
@@ -94,7 +96,7 @@ class StreamingStep:
 
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
         """Bins for what is left."""
-        return even_bins(samples, self._ranks.width, self._settings.pass_tokens)
+        return even_bins(samples, self._ranks.width, self._settings.pass_tokens, self._packer)
 
     def finish(self) -> StepResult:
         """Runs the rest, normalises and updates the weights."""

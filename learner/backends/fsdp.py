@@ -59,6 +59,7 @@ class FsdpBackend:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        self.sharing = None if _has_dropout(self._model.config) else config.sharing
         self._world = world
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
@@ -83,21 +84,30 @@ class FsdpBackend:
             "dtype": str(self._dtype).removeprefix("torch."),
             "data_parallel": self._world,
             "places": list(range(self._world)),
+            "shares_prefixes": self.sharing is not None,
         }
 
     def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of the batch's targets, float32 [n] each, with gradient."""
-        return token_logprobs(
-            self._logits(batch), batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
+        return self._statistics(batch, self._logits(batch), entropy_gradient)
+
+    def _statistics(
+        self, batch: MicroBatch, logits: torch.Tensor, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = batch.asked
+        logp, entropies = token_logprobs(
+            logits, asked.targets, asked.inverse_temperatures, entropy_gradient=entropy_gradient
         )
+        return batch.spread(logp), batch.spread(entropies)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[m, vocabulary] of what the batch asks."""
         with self._autocast():
             output = self._model(
                 input_ids=batch.inputs,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                logits_to_keep=batch.positions,
+                logits_to_keep=batch.asked.positions,
                 ragged=batch.layout,
             )
         logits: torch.Tensor = output.logits[0]
@@ -116,9 +126,7 @@ class FsdpBackend:
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
-        logp, entropies = token_logprobs(
-            logits, batch.targets, batch.inverse_temperatures, entropy_gradient=objective.entropy_coef > 0
-        )
+        logp, entropies = self._statistics(batch, logits, objective.entropy_coef > 0)
         tokens = TokenInputs(
             logp,
             batch.behaviour,
@@ -144,8 +152,10 @@ class FsdpBackend:
     def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
         if self._teacher is None:
             return None
-        inverse = batch.inverse_temperatures[:, None]
-        return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        inverse = batch.asked.inverse_temperatures[:, None]
+        return batch.spread(
+            distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        )
 
     def step(self, normaliser: float) -> float | None:
         gradients = self._gradients()
@@ -262,6 +272,11 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) 
         return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def _has_dropout(config: Any) -> bool:
+    """Whether attention drops at random: sequences that share a prefix would drop the same."""
+    return any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
 
 
 def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from learner.errors import CheckpointError, LearnerError, ModelError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,11 @@ class RankGroup:
     def width(self) -> int:
         """Data-parallel ranks."""
         return int(self._facts.get("data_parallel", len(self._ranks)))
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
+        return self._config.sharing if self._facts.get("shares_prefixes", False) else None
 
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""

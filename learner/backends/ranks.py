@@ -18,6 +18,7 @@ from learner.backends.protocol import PassResult, TrainingBackend
 from learner.batching import Sample, collate
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 Bin = Sequence[Sample]
 """Samples of one pass, longest first."""
@@ -44,6 +45,11 @@ class LearnerRanks(Protocol):
     @property
     def updates(self) -> int:
         """Optimizer updates so far."""
+        ...
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
         ...
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
@@ -111,6 +117,10 @@ class OneRank:
     def updates(self) -> int:
         return self.backend.updates
 
+    @property
+    def sharing(self) -> Sharing | None:
+        return self.backend.sharing
+
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         sums = TokenSums()
         bad: list[str] = []
@@ -156,7 +166,7 @@ def train_bin(backend: TrainingBackend, samples: Bin, objective: ObjectiveConfig
     if not samples:
         backend.idle_pass()
         return PassResult(TokenSums())
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     return backend.forward_backward(batch, objective)
 
 
@@ -165,6 +175,6 @@ def bin_logprobs(backend: TrainingBackend, samples: Bin, objective: ObjectiveCon
     if not samples:
         backend.idle_forward()
         return np.zeros(0, dtype=np.float32)
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     found: npt.NDArray[np.float32] = backend.forward(batch).cpu().numpy()
     return found
