@@ -66,6 +66,7 @@ class RankGroup:
             self._all("join", address)
         self._facts = self._all("load", str(path), None if initial is None else str(initial))[0]
         self.on_cpu = self._facts["device"] == "cpu"
+        self.updates = 0
         logger.info("%d ranks train %s", len(self._ranks), self._facts)
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
@@ -181,10 +182,11 @@ class RankGroup:
         return LearnerError(f"rank {rank} of {len(calls)} of the learner: {what!r}: {type(known).__name__}: {known}")
 
     def _loss(self, rank: int, when: str, error: BaseException) -> LearnerError:
-        first = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = lines[-1] if "creation task" in lines[0] else lines[0]  # Ray gives the traceback as text
         return LearnerError(
-            f"rank {rank} of {len(self._ranks)} of the learner was lost {when}, the step is not applied: "
-            f"{first[0] if first else type(error).__name__}; `millrace resume` goes on from the last checkpoint"
+            f"rank {rank} of {len(self._ranks)} of the learner was lost {when}: {why.strip()}; the step is not applied: "
+            "`millrace resume` goes on from the last checkpoint"
         )
 
     async def lost(self) -> LearnerError:
