@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -212,6 +212,19 @@ class MicroBatch:
         """One answer for each prediction asked, ``[m, ...]``, to one for each target, ``[n, ...]``."""
         return answers if self.distinct is None else answers.index_select(0, self.distinct.of)
 
+    def samples_at(self, tokens: torch.Tensor) -> tuple[str, ...]:
+        """The samples that some tokens (bool [n]) belong to, as ``group_id/trajectory_id tokens FIRST to LAST``.
+
+        All samples, without tokens, if there are none.
+        """
+        where = self.position_ids[0, self.positions] + 1  # what is predicted at a position is the next token
+        named = []
+        for index in self.sample_of[tokens].unique().tolist():
+            mine = where[tokens & (self.sample_of == index)]
+            sample = self.samples[index]
+            named.append(f"{sample.group_id}/{sample.trajectory_id} tokens {int(mine.min())} to {int(mine.max())}")
+        return tuple(named) or tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in self.samples)
+
 
 def token_weights(counts: Sequence[int], aggregation: str, constant_length: int | None) -> list[float]:
     """What a token of each trajectory weighs in the sum that the step divides; ``counts``: their trained tokens.
@@ -332,3 +345,19 @@ def _stays(samples: Sequence[Sample], device: torch.device | str) -> torch.Tenso
     if len(masks) != len(samples):
         raise ValueError("some samples of a micro-batch have a second-moment mask and others have none")
     return torch.from_numpy(np.concatenate(masks)).to(device)
+
+
+def idle_batch(device: torch.device | str = "cpu") -> MicroBatch:
+    """One token that nobody trains: what a rank computes on to take part in the others' pass. Its normaliser is 0."""
+    sample = Sample(
+        trajectory_id="",
+        group_id="",
+        inputs=np.zeros(1, np.int32),
+        positions=np.zeros(1, np.int64),
+        targets=np.zeros(1, np.int64),
+        behaviour=np.zeros(1, np.float32),
+        lags=np.zeros(1, np.int64),
+        advantage=0.0,
+        temperature=1.0,
+    )
+    return replace(collate([sample], "token", device), normaliser=0.0)

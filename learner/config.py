@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from learner.backends.megatron.settings import MegatronConfig
 from learner.objectives.config import ObjectiveConfig, require_choice
 from learner.prefix_tree import ALWAYS, WHERE_IT_PAYS, Sharing
 from learner.synthetic_config import SyntheticLearnerConfig
 
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("fsdp", "synthetic")
+BACKENDS = ("fsdp", "megatron", "synthetic")
 OPTIMIZERS = ("adamw", "sgd")
-PLANNED_BACKENDS = ("megatron",)
 PREFIX_SHARING = {"auto": WHERE_IT_PAYS, "on": ALWAYS, "off": None}
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -65,6 +65,8 @@ class LearnerConfig(ObjectiveConfig):
     """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """How ``backend: megatron`` divides the ranks."""
     synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
     """What ``backend: synthetic`` models."""
 
@@ -75,6 +77,20 @@ class LearnerConfig(ObjectiveConfig):
         self.validate_objective()
         if self.backend == "synthetic":
             self.synthetic.validate()
+        self._validate_megatron()
+
+    def _validate_megatron(self) -> None:
+        if self.backend != "megatron":
+            if self.megatron != MegatronConfig():
+                raise ValueError(
+                    f"learner.megatron has settings, and learner.backend={self.backend} does not read them"
+                )
+            return
+        self.megatron.validate(self.ranks)
+        if self.cpu_offload:
+            raise ValueError("learner.cpu_offload=true is for learner.backend=fsdp; megatron has distributed_optimizer")
+        if self.prefix_sharing == "on":
+            raise ValueError("learner.prefix_sharing=on is for learner.backend=fsdp: leave it auto, or say off")
 
     @property
     def sharing(self) -> Sharing | None:
@@ -82,8 +98,6 @@ class LearnerConfig(ObjectiveConfig):
         return PREFIX_SHARING[self.prefix_sharing]
 
     def _validate_choices(self) -> None:
-        if self.backend in PLANNED_BACKENDS:
-            raise ValueError(f"learner.backend={self.backend} is not built yet: use {', '.join(BACKENDS)}")
         require_choice("learner.backend", self.backend, BACKENDS)
         require_choice("learner.device", self.device, DEVICES)
         require_choice("learner.optimizer", self.optimizer, OPTIMIZERS)

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from learner.backends.frozen import FrozenModel
@@ -23,7 +22,7 @@ from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
 from learner.backends.sharding import as_sharded, shard, whole
-from learner.batching import MicroBatch, Sample, collate
+from learner.batching import MicroBatch, idle_batch
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
@@ -118,11 +117,11 @@ class FsdpBackend:
             return self.logprobs(batch)[0]
 
     def idle_pass(self) -> None:
-        (self._logits(_nothing(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        (self._logits(idle_batch(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
 
     def idle_forward(self) -> None:
         with torch.no_grad():
-            self._logits(_nothing(self.device))
+            self._logits(idle_batch(self.device))
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
@@ -143,7 +142,7 @@ class FsdpBackend:
         if not math.isfinite(float(loss.detach())):
             if self._world > 1:  # the other ranks are in their backward passes and wait for this one
                 (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
-            return PassResult(TokenSums(), _bad_samples(batch, terms.loss))
+            return PassResult(TokenSums(), batch.samples_at(~torch.isfinite(terms.loss.detach())))
         loss.backward()  # type: ignore[no-untyped-call]
         sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
         sums.normaliser = batch.normaliser
@@ -277,32 +276,3 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) 
 def _has_dropout(config: Any) -> bool:
     """Whether attention drops at random: sequences that share a prefix would drop the same."""
     return any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-
-
-def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
-    """Names the trajectories whose tokens have no finite loss, with the range that those tokens span."""
-    bad = ~torch.isfinite(per_token.detach())
-    where = batch.position_ids[0, batch.positions] + 1  # what is predicted at a position is the next token
-    named = []
-    for index in batch.sample_of[bad].unique().tolist():
-        tokens = where[bad & (batch.sample_of == index)]
-        sample = batch.samples[index]
-        span = f"tokens {int(tokens.min())} to {int(tokens.max())}"
-        named.append(f"{sample.group_id}/{sample.trajectory_id} {span}")
-    return tuple(named) or tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in batch.samples)
-
-
-def _nothing(device: torch.device) -> MicroBatch:
-    """A batch of one token that nobody trains."""
-    sample = Sample(
-        trajectory_id="",
-        group_id="",
-        inputs=np.zeros(1, np.int32),
-        positions=np.zeros(1, np.int64),
-        targets=np.zeros(1, np.int64),
-        behaviour=np.zeros(1, np.float32),
-        lags=np.zeros(1, np.int64),
-        advantage=0.0,
-        temperature=1.0,
-    )
-    return collate([sample], "token", device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -109,4 +109,15 @@ class TrainingBackend(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them;
         ``shares_prefixes``: whether `sharing` is not None (may be missing if it is)."""
+        ...
+
+
+@runtime_checkable
+class PipelinedBackend(Protocol):
+    """A backend that gains from being given all passes of a call at once."""
+
+    device: torch.device
+
+    def forward_backward_all(self, batches: Sequence[MicroBatch | None], objective: ObjectiveConfig) -> PassResult:
+        """`TrainingBackend.forward_backward` of each batch; None is a pass that adds nothing (`idle_pass`)."""
         ...

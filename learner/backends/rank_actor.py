@@ -18,11 +18,10 @@ from learner.backends.checkpoint_files import CheckpointFiles
 from learner.backends.make import make_backend
 from learner.backends.process_group import checkpoint_group, free_address, join
 from learner.backends.protocol import PassResult, TrainingBackend
-from learner.backends.ranks import Bin, bin_logprobs, train_bin
+from learner.backends.ranks import Bin, bin_logprobs, train_bins
 from learner.config import LearnerConfig
 from learner.errors import LearnerError
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.sums import TokenSums
 
 Found = TypeVar("Found")
 
@@ -82,13 +81,7 @@ class RankActor:
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         """This rank's bins, one pass each; all ranks get equally many, some perhaps empty."""
-        sums = TokenSums()
-        bad: list[str] = []
-        for samples in bins:
-            done = train_bin(self._loaded, samples, objective)
-            sums.add(done.sums)
-            bad.extend(done.bad_samples)
-        return PassResult(sums, tuple(bad))
+        return train_bins(self._loaded, bins, objective)
 
     def logprobs(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> list[npt.NDArray[np.float32]]:
         return [bin_logprobs(self._loaded, samples, objective) for samples in bins]

@@ -16,7 +16,6 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("backend", "megatron", "learner.backend=megatron is not built yet: use fsdp"),
         ("ranks", 0, "learner.ranks=0 must be at least 1"),
         ("kl_coef", -0.1, "learner.kl_coef=-0.1 must not be negative"),
         ("advantage", "gea", "learner.advantage='gea' is unknown: use one of grpo, dr_grpo, rloo"),
