@@ -3,7 +3,7 @@
 The learner is rank 0 and hosts the store where the members meet. Each set of members is an *epoch* with a process
 group of its own, built directly from the store, so the default group of the process stays free for the training
 backend. After any failure the group is thrown away: the next offer names a new epoch. The learner packs a version into
-one flat buffer once and broadcasts slices of it, two in flight; a receiver owns two bucket-sized buffers and hands one
+buckets once and broadcasts them, two in flight; a receiver owns two bucket-sized buffers and hands one
 on while the other fills.
 
 A process sends at most one broadcast at a time and receives at most one (locks held from first to last bucket), so two
@@ -27,16 +27,8 @@ import torch
 import torch.distributed as dist
 
 from weight_sync.errors import WeightTransferError
-from weight_sync.plan import Manifest
-from weight_sync.tensors import (
-    NamedTensors,
-    bucket_tensors,
-    pack,
-    plan_tensors,
-    unique_tensors,
-    verify_bucket,
-    with_checksums,
-)
+from weight_sync.plan import Manifest, PlanBuilder, TensorSpec, padded
+from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
 from weight_sync.transports.protocol import CollectiveOffer, OnTensor, decode_offer, encode_offer
 
 logger = logging.getLogger(__name__)
@@ -142,34 +134,43 @@ class CollectiveSender:
         self._group: _Group | None = None
         self._members: tuple[str, ...] | None = None
         self._manifest: Manifest | None = None
-        self._flat = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._buckets: list[torch.Tensor] = []
         self._offer: CollectiveOffer | None = None
-        self._flat_in_use = threading.Lock()
+        self._in_use = threading.Lock()
         self._serial = 0
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
-        tensors = unique_tensors(named)
-        manifest = plan_tensors(version, tensors, self._bucket_bytes)
-        if not self._flat_in_use.acquire(timeout=self._timeout_s):
+        if not self._in_use.acquire(timeout=self._timeout_s):
             raise WeightTransferError(
                 f"version {version} waited {self._timeout_s:g} s for the broadcast before it to end"
             )
         try:
-            if self._flat.numel() < manifest.total_bytes:
-                self._flat = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
-            pack(self._flat, manifest, tensors)
-            self._manifest = with_checksums(manifest, self._flat) if self._checksums else manifest
+            self._manifest = None
+            self._manifest = pack(version, named, self._bucket_bytes, self._place, checksums=self._checksums)
         finally:
-            self._flat_in_use.release()
+            self._in_use.release()
         return self.offer(members)
 
+    def _place(self, plan: PlanBuilder, spec: TensorSpec) -> torch.Tensor:
+        """Each bucket has memory of its own, which the next version uses again."""
+        index, start = plan.bucket
+        begin = spec.offset - start
+        if index == len(self._buckets):
+            self._buckets.append(torch.empty(0, dtype=torch.uint8, device=self._device))
+        needed = begin + padded(spec.nbytes)
+        if self._buckets[index].numel() < needed:
+            grown = torch.empty(max(needed, self._bucket_bytes), dtype=torch.uint8, device=self._device)
+            grown[:begin].copy_(self._buckets[index][:begin])
+            self._buckets[index] = grown
+        return self._buckets[index][begin : begin + spec.nbytes]
+
     def offer(self, members: Sequence[str]) -> bytes:
-        if not self._flat_in_use.acquire(timeout=self._timeout_s):
+        if not self._in_use.acquire(timeout=self._timeout_s):
             raise WeightTransferError(f"offer to {list(members)}: the broadcast before it did not end")
         try:
             return encode_offer(self._make_offer(members))
         finally:
-            self._flat_in_use.release()
+            self._in_use.release()
 
     def _make_offer(self, members: Sequence[str]) -> CollectiveOffer:
         if self._manifest is None:
@@ -197,7 +198,7 @@ class CollectiveSender:
         if offer is None:
             raise WeightTransferError("nothing is on offer: call prepare or offer before each send")
         what = f"broadcast of version {offer.manifest.version} to {', '.join(offer.ranks) or 'nobody'}"
-        with self._flat_in_use, _one_at_a_time(_sending, what, offer.timeout_s):
+        with self._in_use, _one_at_a_time(_sending, what, offer.timeout_s):
             self._offer = None
             if not offer.ranks:
                 return
@@ -211,10 +212,10 @@ class CollectiveSender:
         if self._group is None:
             self._group = _Group(self._store, offer, rank=0)
         under_way: deque[Any] = deque()
-        for bucket in offer.manifest.buckets:
+        for bucket, data in zip(offer.manifest.buckets, self._buckets, strict=False):
             if len(under_way) == IN_FLIGHT:
                 deadline.wait(under_way.popleft())
-            under_way.append(self._group.broadcast(self._flat[bucket.start : bucket.end]))
+            under_way.append(self._group.broadcast(data[: bucket.nbytes]))
         while under_way:
             deadline.wait(under_way.popleft())
         # Small buckets fit into socket buffers: only an answer from each member proves that it has them.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 
+from weight_sync.checksums import block_checksum
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Bucket, Manifest
 from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer
@@ -29,13 +29,8 @@ class NumpyReceiver:
         mapped = self._files.map(decoded)
         manifest = decoded.manifest
         expect(mapped, decoded)
-        for index, bucket in enumerate(manifest.buckets):
+        for bucket in manifest.buckets:
             data = memoryview(mapped)[HEADER_BYTES + bucket.start : HEADER_BYTES + bucket.end]
-            if manifest.checksums and zlib.crc32(data) != manifest.checksums[index]:
-                raise WeightTransferError(
-                    f"version {manifest.version}, bucket {index} of {len(manifest.buckets)}: wrong checksum; the bytes "
-                    "were damaged or overwritten, fetch again"
-                )
             _hand_over(manifest, bucket, data, on_tensor)
         expect(mapped, decoded)
         return manifest.version
@@ -55,8 +50,16 @@ class NumpyReceiver:
 
 
 def _hand_over(manifest: Manifest, bucket: Bucket, data: memoryview, on_tensor: OnTensor) -> None:
-    for spec in manifest.tensors[bucket.first : bucket.last]:
+    for number in range(bucket.first, bucket.last):
+        spec = manifest.tensors[number]
         begin = spec.offset - bucket.start
+        if manifest.checksums:
+            found = block_checksum(np.frombuffer(data[begin : begin + spec.nbytes], np.uint8))
+            if found != manifest.checksums[number]:
+                raise WeightTransferError(
+                    f"version {manifest.version}, tensor {spec.name}: checksum {found:08x} instead of "
+                    f"{manifest.checksums[number]:08x}; the bytes were damaged or overwritten, fetch again"
+                )
         try:
             flat = np.frombuffer(data[begin : begin + spec.nbytes], dtype=np.dtype(spec.dtype))
         except TypeError:
