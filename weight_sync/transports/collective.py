@@ -37,6 +37,10 @@ IN_FLIGHT = 2
 """Broadcasts under way at once: one on the wire, one being filled or handed on."""
 
 RECEIVED = b"received"
+BEGIN = "begin"
+
+PATIENCE = timedelta(seconds=0.2)
+"""How long the sender waits for a key before it looks whether a member is known to be gone."""
 
 _sending = threading.Lock()
 _receiving = threading.Lock()
@@ -137,6 +141,7 @@ class CollectiveSender:
         self._buckets: list[torch.Tensor] = []
         self._offer: CollectiveOffer | None = None
         self._in_use = threading.Lock()
+        self._cancelled = threading.Event()
         self._serial = 0
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
@@ -200,6 +205,7 @@ class CollectiveSender:
         what = f"broadcast of version {offer.manifest.version} to {', '.join(offer.ranks) or 'nobody'}"
         with self._in_use, _one_at_a_time(_sending, what, offer.timeout_s):
             self._offer = None
+            self._cancelled.clear()
             if not offer.ranks:
                 return
             try:
@@ -210,6 +216,7 @@ class CollectiveSender:
 
     def _broadcast(self, offer: CollectiveOffer, deadline: _Deadline) -> None:
         if self._group is None:
+            self._gather(offer, deadline)
             self._group = _Group(self._store, offer, rank=0)
         under_way: deque[Any] = deque()
         for bucket, data in zip(offer.manifest.buckets, self._buckets, strict=False):
@@ -222,8 +229,29 @@ class CollectiveSender:
         for member, rank in offer.ranks.items():
             self._collect_receipt(member, _receipt(offer, rank), deadline)
 
+    def _gather(self, offer: CollectiveOffer, deadline: _Deadline) -> None:
+        """Wait until every member is there; only then may anybody begin to connect, which cannot be given up half way."""
+        begun = False
+        try:
+            for rank in offer.ranks.values():
+                self._wait_for(_here(offer, rank), deadline)
+            begun = True
+        finally:
+            self._store.set(_begin(offer), BEGIN if begun else "a member did not come")
+
+    def _wait_for(self, key: str, deadline: _Deadline) -> None:
+        while True:
+            if self._cancelled.is_set():
+                raise WeightTransferError("a member is gone")
+            left = deadline.left()
+            try:
+                self._store.wait([key], min(left, PATIENCE))
+                return
+            except dist.DistStoreError:
+                continue
+
     def _collect_receipt(self, member: str, key: str, deadline: _Deadline) -> None:
-        self._store.wait([key], deadline.left())
+        self._wait_for(key, deadline)
         answer = self._store.get(key)
         self._store.delete_key(key)
         if answer != RECEIVED:
@@ -234,6 +262,12 @@ class CollectiveSender:
         if group is not None:
             group.discard()
 
+    def cancel(self) -> None:
+        self._cancelled.set()
+        group = self._group
+        if group is not None and self._in_use.locked():
+            group.discard()
+
     def close(self) -> None:
         self._discard_group()
         self._manifest = self._offer = None
@@ -241,6 +275,14 @@ class CollectiveSender:
 
 def _receipt(offer: CollectiveOffer, rank: int) -> str:
     return f"receipt-{offer.serial}-{rank}"
+
+
+def _here(offer: CollectiveOffer, rank: int) -> str:
+    return f"here-{offer.epoch}-{rank}"
+
+
+def _begin(offer: CollectiveOffer) -> str:
+    return f"begin-{offer.epoch}"
 
 
 class CollectiveReceiver:
@@ -284,7 +326,7 @@ class CollectiveReceiver:
         self.close()
 
     def _receive(self, offer: CollectiveOffer, on_tensor: OnTensor, deadline: _Deadline) -> None:
-        group = self._join(offer)
+        group = self._join(offer, deadline)
         manifest = offer.manifest
         buffers = self._buffers_for(manifest)
         under_way: deque[tuple[int, torch.Tensor, Any]] = deque()
@@ -308,7 +350,7 @@ class CollectiveReceiver:
         if data.device.type == "cuda":
             torch.cuda.current_stream(data.device).synchronize()
 
-    def _join(self, offer: CollectiveOffer) -> _Group:
+    def _join(self, offer: CollectiveOffer, deadline: _Deadline) -> _Group:
         address = (offer.host, offer.port)
         if self._group is not None and (self._address, self._group.epoch) == (address, offer.epoch):
             return self._group
@@ -316,7 +358,13 @@ class CollectiveReceiver:
         timeout = timedelta(seconds=offer.timeout_s)
         self._store = torch._C._distributed_c10d.TCPStore(offer.host, offer.port, is_master=False, timeout=timeout)
         self._address = address
-        self._group = _Group(self._store, offer, offer.ranks[self._member])
+        rank = offer.ranks[self._member]
+        self._store.set(_here(offer, rank), self._member)
+        self._store.wait([_begin(offer)], deadline.left())
+        answer = self._store.get(_begin(offer)).decode()
+        if answer != BEGIN:
+            raise WeightTransferError(f"the broadcast of version {offer.manifest.version} did not begin: {answer}")
+        self._group = _Group(self._store, offer, rank)
         return self._group
 
     def _buffers_for(self, manifest: Manifest) -> list[torch.Tensor]:

@@ -106,6 +106,9 @@ class DiskSender:
         if self._prepared is None:
             raise WeightTransferError("no version has been prepared yet: call prepare first")
 
+    def cancel(self) -> None:
+        """Nothing is ever under way here."""
+
     def close(self) -> None:
         """Removes what this sender has written."""
         self._forget(0)

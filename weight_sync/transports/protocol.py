@@ -66,7 +66,32 @@ class DiskOffer(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
     """Host name of the node that wrote it."""
 
 
-Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer
+class DeltaOffer(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """A version of a sender that sends changes: whole, or as the change of the version ``base``."""
+
+    manifest: Manifest
+    """Of the whole version."""
+    chain: str
+    """Names the sender's life: a change applies to nothing that came from elsewhere."""
+    base: int
+    """The version it is a change of; `WHOLE`: of none."""
+    carried: bytes
+    """The offer of another transport: of all tensors, or of the encoded change, named `DELTA`."""
+
+
+class ShardedOffer(msgspec.Struct, frozen=True, kw_only=True, tag="sharded"):
+    """A version whose tensors come from several senders, each of which offers its own."""
+
+    manifest: Manifest
+    """Of all tensors."""
+    parts: tuple[bytes, ...]
+    """One encoded offer a sender, all of the same version."""
+
+
+WHOLE = -1
+DELTA = "delta"
+
+Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer | DeltaOffer | ShardedOffer
 
 _DECODER = msgspec.msgpack.Decoder(Offer)
 
@@ -85,6 +110,21 @@ def decode_offer(data: bytes) -> Offer:
     return offer
 
 
+def carriers(data: bytes) -> list[Offer]:
+    """The offers that bytes move by: the offer itself, or those that it is made of."""
+    offer = decode_offer(data)
+    if isinstance(offer, DeltaOffer):
+        return carriers(offer.carried) if offer.carried else []
+    if isinstance(offer, ShardedOffer):
+        return [carrier for part in offer.parts for carrier in carriers(part)]
+    return [offer]
+
+
+def is_broadcast(data: bytes) -> bool:
+    """Whether only the named members can receive it, and only while it is sent."""
+    return any(isinstance(carrier, CollectiveOffer) for carrier in carriers(data))
+
+
 class WeightSender(Protocol):
     """The learner's side.
 
@@ -95,7 +135,7 @@ class WeightSender(Protocol):
     kind: str
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
-        """Copies the weights and returns the encoded offer for these members.
+        """Copies the weights, tensor by tensor as the iterator gives them, and returns the encoded offer for these members.
 
         Tensors that share storage may be given once or several times; they are sent once, under their first name.
         Raises WeightTransferError if the weights cannot be laid out or stored.
@@ -115,6 +155,10 @@ class WeightSender(Protocol):
         Raises WeightTransferError within the transport's time-out when a member is gone; the next ``offer`` starts
         afresh.
         """
+        ...
+
+    def cancel(self) -> None:
+        """End a `send` under way in another thread with an error: a member is known to be gone."""
         ...
 
     def close(self) -> None: ...

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from weight_sync.errors import WeightTransferError
-from weight_sync.plan import Manifest, PlanBuilder, TensorSpec, padded
+from weight_sync.plan import PlanBuilder, TensorSpec, padded
 from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
 from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer, encode_offer
 from weight_sync.transports.weight_file import (
@@ -159,6 +159,9 @@ class SharedMemorySender:
     def send(self) -> None:
         if self._prepared is None:
             raise WeightTransferError("no version has been prepared yet: call prepare first")
+
+    def cancel(self) -> None:
+        """Nothing is ever under way here."""
 
     def _buffer(self, slot: int, publication: int) -> _Buffer:
         if slot not in self._buffers:
