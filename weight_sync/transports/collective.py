@@ -39,8 +39,8 @@ IN_FLIGHT = 2
 RECEIVED = b"received"
 BEGIN = "begin"
 
-PATIENCE = timedelta(seconds=0.2)
-"""How long the sender waits for a key before it looks whether a member is known to be gone."""
+POLL_S = 0.003
+"""How often the sender looks for the key of a member, beside whether one is known to be gone."""
 
 _sending = threading.Lock()
 _receiving = threading.Lock()
@@ -240,15 +240,10 @@ class CollectiveSender:
             self._store.set(_begin(offer), BEGIN if begun else "a member did not come")
 
     def _wait_for(self, key: str, deadline: _Deadline) -> None:
-        while True:
-            if self._cancelled.is_set():
+        while not self._store.check([key]):
+            deadline.left()
+            if self._cancelled.wait(POLL_S):
                 raise WeightTransferError("a member is gone")
-            left = deadline.left()
-            try:
-                self._store.wait([key], min(left, PATIENCE))
-                return
-            except dist.DistStoreError:
-                continue
 
     def _collect_receipt(self, member: str, key: str, deadline: _Deadline) -> None:
         self._wait_for(key, deadline)

@@ -66,6 +66,21 @@ class DiskOffer(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
     """Host name of the node that wrote it."""
 
 
+class RelayOffer(msgspec.Struct, frozen=True, kw_only=True, tag="relay"):
+    """The version can be pulled, from a stager or from the sender itself."""
+
+    manifest: Manifest
+    """With checksums."""
+    key: str
+    """Names this publication among all senders'."""
+    sender: str
+    source: tuple[str, int]
+    """Host and port where the sender gives its bytes."""
+    routes: dict[str, tuple[str, int]]
+    """Host and port of the stager of each receiver, by member name."""
+    timeout_s: float
+
+
 class DeltaOffer(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     """A version of a sender that sends changes: whole, or as the change of the version ``base``."""
 
@@ -91,7 +106,7 @@ class ShardedOffer(msgspec.Struct, frozen=True, kw_only=True, tag="sharded"):
 WHOLE = -1
 DELTA = "delta"
 
-Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer | DeltaOffer | ShardedOffer
+Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer | RelayOffer | DeltaOffer | ShardedOffer
 
 _DECODER = msgspec.msgpack.Decoder(Offer)
 

@@ -18,12 +18,14 @@ from weight_sync.transports.protocol import (
     DiskOffer,
     Offer,
     OnTensor,
+    RelayOffer,
     ShardedOffer,
     SharedMemoryOffer,
     WeightReceiver,
     WeightSender,
     decode_offer,
 )
+from weight_sync.transports.relay import RelayReceiver, RelaySender
 from weight_sync.transports.sharded import check_parts
 from weight_sync.transports.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from weight_sync.wire_dtypes import dequantising
@@ -71,6 +73,8 @@ def _make_carrier(
         return CollectiveSender(
             host=host, device=device, bucket_bytes=bucket_bytes, timeout_s=config.timeout_s, checksums=checksums
         )
+    if kind == "relay":
+        return RelaySender(host=host, bucket_bytes=bucket_bytes, timeout_s=config.timeout_s)
     if kind == "disk":
         chosen = config.directory or disk_directory
         if chosen is None:
@@ -129,6 +133,8 @@ class AnyReceiver:
             return SharedMemoryReceiver()
         if kind is DiskOffer:
             return DiskReceiver()
+        if kind is RelayOffer:
+            return RelayReceiver(self._member)
         return CollectiveReceiver(self._member, device=self._device)
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def remove_stale_files(directory: str | Path = "/dev/shm") -> list[Path]:
     return removed
 
 
-class _Buffer:
+class SharedFile:
     """One locked, mapped file: a header page and ``capacity`` bytes, which may grow."""
 
     def __init__(self, path: Path, capacity: int) -> None:
@@ -128,7 +128,7 @@ class SharedMemorySender:
             logger.info("removed %d weight files of dead processes from %s", len(removed), directory)
         self._identity = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._bucket_bytes, self._checksums = bucket_bytes, checksums
-        self._buffers: dict[int, _Buffer] = {}
+        self._buffers: dict[int, SharedFile] = {}
         self._publication = 0
         self._expected_bytes = 0
         self._prepared: SharedMemoryOffer | None = None
@@ -163,10 +163,10 @@ class SharedMemorySender:
     def cancel(self) -> None:
         """Nothing is ever under way here."""
 
-    def _buffer(self, slot: int, publication: int) -> _Buffer:
+    def _buffer(self, slot: int, publication: int) -> SharedFile:
         if slot not in self._buffers:
             path = self._directory / f"{self._identity}-{publication}"
-            self._buffers[slot] = _Buffer(path, self._expected_bytes)
+            self._buffers[slot] = SharedFile(path, self._expected_bytes)
         return self._buffers[slot]
 
     def close(self) -> None:
