@@ -30,7 +30,7 @@ class WeightsConfig:
     (linear layers in 8 bits with a float32 scale for every block of 128 x 128)."""
     delta: bool = False
     """Send only what changed since the version before, bit for bit."""
-    delta_snapshot_every: int = 20
+    delta_snapshot_every: int = 50
     """With ``delta``, every that many versions one travels whole."""
     checksums: bool = False
     """Check every tensor that arrives by ``shared_memory`` or ``collective``, too (``relay``, ``disk`` and ``delta`` always do)."""

@@ -33,6 +33,7 @@ class Stager:
         self._name = f"{PREFIX}stager-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._files: dict[str, tuple[SharedFile, SharedMemoryOffer]] = {}
         self._kept = Kept()
+        self._spare: SharedFile | None = None
         self._lock = threading.Lock()
         self._arriving: dict[str, threading.Event] = {}
         self._count = 0
@@ -74,10 +75,7 @@ class Stager:
 
     def _pull(self, offer: RelayOffer) -> SharedMemoryOffer:
         manifest = offer.manifest
-        with self._lock:
-            self._count += 1
-            path = self._directory / f"{self._name}-{self._count}"
-        file = SharedFile(path, manifest.total_bytes)
+        file, number = self._file(manifest.total_bytes)
         try:
             file.mark(BEING_WRITTEN, manifest.version, manifest.total_bytes)
             what = f"the sender of version {manifest.version}"
@@ -89,16 +87,30 @@ class Stager:
         except BaseException:
             file.close()
             raise
-        file.mark(1, manifest.version, manifest.total_bytes)
-        shared = SharedMemoryOffer(manifest=manifest, path=str(path), publication=1, node=socket.gethostname())
+        file.mark(number, manifest.version, manifest.total_bytes)
+        shared = SharedMemoryOffer(
+            manifest=manifest, path=str(file.path), publication=number, node=socket.gethostname()
+        )
         change = [spec.name for spec in manifest.tensors] == [DELTA]
         with self._lock:
             self._files[offer.key] = (file, shared)
-            # Engines that have mapped a file keep what they have.
             gone = [self._files.pop(key)[0] for key in self._kept.add(offer.sender, offer.key, change=change)]
+            gone += [self._spare] if self._spare is not None else []
+            self._spare = max(gone, key=lambda old: old.capacity, default=None)
         for old in gone:
-            old.close()
+            if old is not self._spare:
+                old.close()  # engines that have mapped it keep what they have
         return shared
+
+    def _file(self, capacity: int) -> tuple[SharedFile, int]:
+        """Room for a version, and its number: memory that was touched before, if there is enough of it."""
+        with self._lock:
+            self._count += 1
+            number, spare = self._count, self._spare
+            if spare is not None and spare.capacity >= capacity > spare.capacity // 2:
+                self._spare = None
+                return spare, number
+        return SharedFile(self._directory / f"{self._name}-{number}", capacity), number
 
     def _bytes_of(self, key: str) -> memoryview:
         with self._lock:
@@ -111,8 +123,9 @@ class Stager:
         """Stop serving and remove the files."""
         self._server.close()
         with self._lock:
-            files, self._files = list(self._files.values()), {}
-        for file, _ in files:
+            files = [file for file, _ in self._files.values()] + ([self._spare] if self._spare is not None else [])
+            self._files, self._spare = {}, None
+        for file in files:
             file.close()
 
 

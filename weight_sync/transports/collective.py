@@ -263,6 +263,9 @@ class CollectiveSender:
         if group is not None and self._in_use.locked():
             group.discard()
 
+    def taken(self, member: str, version: int) -> None:
+        """It makes no difference."""
+
     def close(self) -> None:
         self._discard_group()
         self._manifest = self._offer = None

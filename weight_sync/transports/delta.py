@@ -115,6 +115,9 @@ class DeltaSender:
     def cancel(self) -> None:
         self._carrier.cancel()
 
+    def taken(self, member: str, version: int) -> None:
+        self._holds[member] = version
+
     def close(self) -> None:
         self._carrier.close()
         self._manifest, self._flats = None, [None, None]

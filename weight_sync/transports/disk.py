@@ -22,7 +22,7 @@ import torch
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest, PlanBuilder
 from weight_sync.tensors import NamedTensors, checksum, dtype_name, each_once, expect_checksum
-from weight_sync.transports.protocol import DiskOffer, OnTensor, decode_offer, encode_offer
+from weight_sync.transports.protocol import DiskOffer, OnTensor, StandingSender, decode_offer, encode_offer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def file_names(count: int) -> list[str]:
     return [FILE] if count == 1 else [PART.format(number=number, count=count) for number in range(1, count + 1)]
 
 
-class DiskSender:
+class DiskSender(StandingSender):
     """Writes each version below ``directory``; ``send`` has nothing left to do."""
 
     kind = "disk"
@@ -96,18 +96,6 @@ class DiskSender:
         if len(names) > 1:
             _write_index(manifest, names, directory)
         return manifest
-
-    def offer(self, members: Sequence[str] = ()) -> bytes:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-        return encode_offer(self._prepared)
-
-    def send(self) -> None:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-
-    def cancel(self) -> None:
-        """Nothing is ever under way here."""
 
     def close(self) -> None:
         """Removes what this sender has written."""

@@ -176,7 +176,33 @@ class WeightSender(Protocol):
         """End a `send` under way in another thread with an error: a member is known to be gone."""
         ...
 
+    def taken(self, member: str, version: int) -> None:
+        """A member got ``version`` without this sender's help (from a stager)."""
+        ...
+
     def close(self) -> None: ...
+
+
+class StandingSender:
+    """What senders have in common whose versions lie somewhere for whoever comes: there is nothing to send."""
+
+    _prepared: Any = None
+    """The offer of the last version."""
+
+    def offer(self, members: Sequence[str] = ()) -> bytes:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+        return encode_offer(self._prepared)
+
+    def send(self) -> None:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+
+    def cancel(self) -> None:
+        """Nothing is ever under way."""
+
+    def taken(self, member: str, version: int) -> None:
+        """It makes no difference."""
 
 
 class WeightReceiver(Protocol):

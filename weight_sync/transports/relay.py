@@ -28,6 +28,7 @@ from weight_sync.transports.protocol import (
     RelayOffer,
     ShardedOffer,
     SharedMemoryOffer,
+    StandingSender,
     decode_offer,
     encode_offer,
 )
@@ -53,7 +54,7 @@ class _Publication:
         return self.flat[spec.offset : spec.offset + spec.nbytes]
 
 
-class RelaySender:
+class RelaySender(StandingSender):
     """Keeps the last versions in host memory and gives their bytes to who asks; ``send`` has nothing left to do."""
 
     kind = "relay"
@@ -62,18 +63,21 @@ class RelaySender:
         self._host, self._bucket_bytes, self._timeout_s = host, bucket_bytes, timeout_s
         self._name = uuid.uuid4().hex[:12]
         self._published: list[_Publication] = []
-        self._count = self._likely = 0
+        self._count = 0
         self._lock = threading.Lock()
         self._prepared: RelayOffer | None = None
         self._server = VersionServer(host, self._bytes_of)
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str] = ()) -> bytes:
         self._count += 1
-        fresh = _Publication(f"{self._name}-{self._count}", torch.zeros(self._likely, dtype=torch.uint8))
-        manifest = pack(version, named, self._bucket_bytes, fresh.place, checksums=True)
-        self._likely = manifest.total_bytes
         with self._lock:
-            self._published = [*self._published, fresh][-KEPT:]
+            # Who still reads the oldest one gets bytes that its checksums refuse.
+            old = self._published.pop(0) if len(self._published) == KEPT else None
+        flat = old.flat if old is not None else torch.zeros(0, dtype=torch.uint8)
+        fresh = _Publication(f"{self._name}-{self._count}", flat)
+        manifest = pack(version, named, self._bucket_bytes, fresh.place, checksums=True)
+        with self._lock:
+            self._published.append(fresh)
         self._prepared = RelayOffer(
             manifest=manifest,
             key=fresh.key,
@@ -83,18 +87,6 @@ class RelaySender:
             timeout_s=self._timeout_s,
         )
         return encode_offer(self._prepared)
-
-    def offer(self, members: Sequence[str] = ()) -> bytes:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-        return encode_offer(self._prepared)
-
-    def send(self) -> None:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-
-    def cancel(self) -> None:
-        """Nothing is ever under way here."""
 
     def _bytes_of(self, key: str) -> memoryview:
         with self._lock:

@@ -24,7 +24,7 @@ import torch
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import PlanBuilder, TensorSpec, padded
 from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
-from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer, encode_offer
+from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, StandingSender, decode_offer, encode_offer
 from weight_sync.transports.weight_file import (
     BEING_WRITTEN,
     HEADER,
@@ -112,7 +112,7 @@ class SharedFile:
             self.close()
 
 
-class SharedMemorySender:
+class SharedMemorySender(StandingSender):
     """Writes each version into one of two files under ``directory``; ``send`` has nothing left to do."""
 
     kind = "shared_memory"
@@ -150,18 +150,6 @@ class SharedMemorySender:
             manifest=manifest, path=str(buffer.path), publication=publication, node=socket.gethostname()
         )
         return encode_offer(self._prepared)
-
-    def offer(self, members: Sequence[str] = ()) -> bytes:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-        return encode_offer(self._prepared)
-
-    def send(self) -> None:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-
-    def cancel(self) -> None:
-        """Nothing is ever under way here."""
 
     def _buffer(self, slot: int, publication: int) -> SharedFile:
         if slot not in self._buffers:
