@@ -21,6 +21,7 @@ BENCHMARKS = {
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
+    "weights": "benchmarks.weights.command:weights",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }
 

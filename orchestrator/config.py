@@ -243,10 +243,22 @@ def _validate_together(config: Config) -> None:
             f"learner.advantage={config.learner.advantage} compares the episodes of a group, and rollout.group_size=1 leaves "
             "nothing to compare: every advantage would be 0; use groups of 2 or more, or learner.advantage=reinforce_pp"
         )
+    _validate_every(config)
     if "synthetic" in (config.engines.kind, config.learner.backend):
         _validate_synthetic(config)
     if config.run.deterministic:
         _validate_deterministic(config)
+
+
+def _validate_every(config: Config) -> None:
+    every, max_lag = config.weights.every, config.staleness.max_lag
+    if every > 1 and config.mode == "sync":
+        raise ValueError(f"mode=sync is on-policy for every token, and weights.every={every} is not: set it to 1")
+    if every > max_lag + 1:
+        raise ValueError(
+            f"weights.every={every} lets engines sample with weights up to {every - 1} updates old, and "
+            f"staleness.max_lag={max_lag} takes those tokens out of the loss: set it to {every - 1} or more"
+        )
 
 
 def _validate_synthetic(config: Config) -> None:

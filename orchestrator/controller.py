@@ -149,6 +149,7 @@ class Controller:
             work.cancel()
             for task in self._tasks:
                 task.cancel()
+            await self._crew.stop()
             await self._supervisor.stop()
             self._lane.close()
             self.progress.close()
@@ -404,6 +405,9 @@ class Controller:
         self._watchdog.trained()
         metrics = metrics | self._pacer.trained(metrics)
         self._dispatcher.pace(self._pacer.policy)
+        if version % self._config.weights.every:
+            self._dispatcher.trained(version)
+            await self._pump()
         metrics = metrics | {f"kv/{name}": value for name, value in self._pulses.kv().items()}
         self.progress.step(version, metrics, ledger, self._dispatcher, self._accountant)
 

@@ -97,7 +97,16 @@ class RankGroup:
     def discard_gradient(self) -> None:
         self._all("discard_gradient")
 
+    def nodes(self) -> list[str]:
+        """Host name of every rank."""
+        return [host for host, _ in self._all("where")]
+
+    def together(self, method: str, *args: Any) -> list[Any]:
+        """Call ``method`` of every rank's actor; the answers in order of rank. Raises as every call here does."""
+        return self._all(method, *args)
+
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """All weights in this process: for looking at them. What engines get leaves the ranks (`learner.publishing`)."""
         found: list[tuple[str, torch.Tensor]] = self._all("named_tensors")[0]
         return found
 
