@@ -20,6 +20,7 @@ BENCHMARKS = {
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
+    "staleness": "benchmarks.staleness.command:staleness",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
 }
 

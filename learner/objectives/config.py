@@ -7,7 +7,7 @@ from dataclasses import dataclass
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae")
 RATIOS = ("token", "sequence", "sequence_token")
 SURROGATES = ("clip", "plain", "clipped_weight")
-CORRECTIONS = ("none", "tis", "masked_is", "double_sided", "decoupled")
+CORRECTIONS = ("none", "unweighted", "tis", "masked_is", "double_sided", "decoupled")
 PROXIMALS = ("current", "recomputed", "interpolated")
 LEVELS = ("token", "sequence")
 AGGREGATIONS = ("token", "sequence", "constant")
@@ -35,8 +35,8 @@ class ObjectiveConfig:
     """Where the advantage is negative the ratio counts at most so much; null: no bound."""
     correction: str = "tis"
     """Weights of tokens that another policy sampled: ``pi_proximal / mu``, truncated (``tis``; ``decoupled`` when the proximal
-    policy is not the current one), masked above the cap (``masked_is``) or outside a band (``double_sided``); ``none``: the
-    surrogate's ratio is to the behaviour policy."""
+    policy is not the current one), masked above the cap (``masked_is``) or outside a band (``double_sided``); ``unweighted``:
+    stale tokens count as if the current policy had sampled them; ``none``: the surrogate's ratio is to the behaviour policy."""
     correction_level: str = "token"
     correction_cap: float = 2.0
     """Largest weight (``decoupled``, ``tis``, ``masked_is``)."""

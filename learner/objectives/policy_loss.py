@@ -86,6 +86,8 @@ def proximal_logp(tokens: TokenInputs, proximal: str) -> Tensor:
 
 def correction_weight(proximal: Tensor, tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
     """``w(pi_prox / mu)``, [n], without gradient; at ``sequence`` level the geometric mean over the trajectory."""
+    if config.correction == "unweighted":
+        return torch.ones_like(tokens.advantages)
     log_weight = (proximal - tokens.behaviour).detach()
     if config.correction_level == "sequence":
         log_weight = sequence_means(log_weight, tokens.sample_of)
