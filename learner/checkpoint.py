@@ -19,6 +19,8 @@ from learner.errors import CheckpointError
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+CRITIC_FILE = "critic.safetensors"
+"""Weights and optimizer of the critic, where there is one."""
 REFERENCE_FILE = "reference.safetensors"
 """The reference policy, in checkpoints of runs that moved it."""
 FORMAT = 1

@@ -6,8 +6,10 @@ nothing to learn from or had to be skipped: versions count steps, so that pacing
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from experience.wire import decode_group
+from learner.backends.frozen import FrozenModel
 from learner.backends.make import make_backend
 from learner.backends.ranks import LearnerRanks, OneRank
 from learner.checkpoint import (
+    CRITIC_FILE,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
     CheckpointState,
@@ -29,7 +33,11 @@ from learner.checkpoint import (
     source_after,
 )
 from learner.config import LearnerConfig, ModelConfig
+from learner.critic import Critic
 from learner.errors import CheckpointError, LearnerError
+from learner.mixing import Demonstrations, Replay, Source, read_demonstrations, read_replay
+from learner.objectives.entropy import EntropyController
+from learner.preparation import Helpers
 from learner.streaming import StepResult, StepSettings, StreamingStep
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ CPU_PASS_TOKENS = 2560
 """Largest pass on a CPU: shorter ones pay more overhead a token, the activations of longer ones fall out of the cache."""
 
 RNG_KEY = "rng/torch"
+ENTROPY_KEY = "entropy/coefficient"
 
 
 class Learner:
@@ -82,6 +91,12 @@ class Learner:
         self._step: StreamingStep | None = None
         self._bad_in_a_row = 0
         self._skipped = 0
+        self._seed = seed
+        self._helpers = Helpers()
+        self._sources: list[Source] = []
+        self._entropy: EntropyController | None = None
+        if config.entropy_target is not None:
+            self._entropy = EntropyController(config.entropy_target, config.entropy_rate, config.entropy_coef_max)
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +111,8 @@ class Learner:
         else:
             self._ranks = OneRank(make_backend(path, self._config, self._model_config.dtype, self._initial))
         self._source = Path(path)
+        self._helpers = self._make_helpers(Path(path))
+        self._sources = self._make_sources(Path(path))
         self.version = 0
 
     def restore(self, path: str | Path) -> CheckpointState:
@@ -110,7 +127,12 @@ class Learner:
         rng = tensors.pop(RNG_KEY, None)
         if rng is not None:
             torch.set_rng_state(rng)
+        entropy = tensors.pop(ENTROPY_KEY, None)
+        if self._entropy is not None and entropy is not None:
+            self._entropy.reached, self._entropy.coefficient = entropy.tolist()
         self._loaded().load_optimizer_state(tensors, state.updates)
+        if self._helpers.critic is not None:
+            self._helpers.critic.load_state(self._read_critic(directory))
         if (directory / REFERENCE_FILE).exists():
             self._loaded().load_reference_state(load_file(directory / REFERENCE_FILE))
         self.version, self.extra = state.version, state.extra
@@ -120,7 +142,10 @@ class Learner:
         """Starts step ``version``. An unfinished step is thrown away."""
         ranks = self._loaded()
         ranks.discard_gradient()
-        self._step = StreamingStep(ranks, self._step_settings(ranks), self.version)
+        stays = self._helpers.critic is not None and self.version < self._config.critic.pretrain_steps
+        self._step = StreamingStep(
+            ranks, self._step_settings(ranks), self.version, self._helpers, self._sources, policy_stays=stays
+        )
 
     def add(self, groups: Sequence[bytes]) -> list[str]:
         """Takes encoded groups and trains on what fills a pass; returns their ids. Raises WireFormatError."""
@@ -142,6 +167,9 @@ class Learner:
         self._step = None
         self._judge(result)
         self.version += 1
+        if self._entropy is not None and result.applied and "entropy" in result.metrics:
+            result.metrics["entropy/coefficient"] = self._entropy.coefficient
+            self._entropy.observe(result.metrics["entropy"])
         return {**result.metrics, "steps/skipped": float(self._skipped), "updates": float(self._loaded().updates)}
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -154,7 +182,9 @@ class Learner:
         temporary = begin_checkpoint(Path(directory), self.version)
         try:
             self._write_model(temporary)
-            save_file({**backend.optimizer_state(), RNG_KEY: torch.get_rng_state()}, temporary / OPTIMIZER_FILE)
+            save_file({**backend.optimizer_state(), **self._own_state()}, temporary / OPTIMIZER_FILE)
+            if self._helpers.critic is not None:
+                save_file(self._helpers.critic.state(), temporary / CRITIC_FILE)
             reference = backend.reference_state()
             if reference:
                 save_file(reference, temporary / REFERENCE_FILE)
@@ -173,6 +203,43 @@ class Learner:
         target.mkdir(parents=True, exist_ok=True)
         self._write_model(target)
 
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        state = {RNG_KEY: torch.get_rng_state()}
+        if self._entropy is not None:
+            state[ENTROPY_KEY] = torch.tensor([self._entropy.reached, self._entropy.coefficient], dtype=torch.float64)
+        return state
+
+    def _read_critic(self, directory: Path) -> dict[str, torch.Tensor]:
+        try:
+            state: dict[str, torch.Tensor] = load_file(directory / CRITIC_FILE)
+            return state
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory / CRITIC_FILE} cannot be read: {error}; learner.advantage=gae goes on only from a checkpoint that "
+                "has a critic"
+            ) from error
+
+    def _make_helpers(self, path: Path) -> Helpers:
+        config, device = self._config, self._loaded().device
+        critic = reference = None
+        if config.advantage == "gae":
+            critic = Critic(config.critic.path or path, config.critic, device)
+        if config.kl_place == "reward":
+            place = config.reference or self._initial or path
+            reference = FrozenModel("learner.reference", place, device, _vocabulary(path))
+        return Helpers(critic, reference)
+
+    def _make_sources(self, path: Path) -> list[Source]:
+        config = self._config
+        found: list[Source] = []
+        if config.sft.dataset is not None:
+            samples = read_demonstrations(Path(config.sft.dataset), path, _vocabulary(path))
+            found.append(Demonstrations(samples, config.sft, config, self._seed))
+        if config.replay.run is not None:
+            groups = read_replay(config.replay, config, _vocabulary(path))
+            found.append(Replay(groups, config.replay, config, self._seed))
+        return found
+
     def _write_model(self, directory: Path) -> None:
         self._loaded().save_model(directory)
         if self._source is not None:
@@ -181,6 +248,12 @@ class Learner:
     def _judge(self, result: StepResult) -> None:
         if result.applied:
             self._bad_in_a_row = 0
+            if result.bad_samples:
+                logger.warning(
+                    "step %d: its last updates were left out, loss or gradient is not finite (%s)",
+                    self.version,
+                    ", ".join(result.bad_samples[:4]),
+                )
             return
         self._bad_in_a_row += 1
         self._skipped += 1
@@ -195,7 +268,7 @@ class Learner:
     def _step_settings(self, ranks: LearnerRanks) -> StepSettings:
         config = self._config
         return StepSettings(
-            objective=config,
+            objective=config if self._entropy is None else replace(config, entropy_coef=self._entropy.coefficient),
             max_lag=self._max_lag,
             skip_no_signal=config.skip_no_signal,
             pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if ranks.on_cpu else config.token_budget,
@@ -211,3 +284,8 @@ class Learner:
         if self._step is None:
             raise LearnerError("no step is under way: call begin_step first")
         return self._step
+
+
+def _vocabulary(path: Path) -> int:
+    """Tokens that the model in a directory knows."""
+    return int(json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"])

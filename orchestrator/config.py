@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from env_pool.config import EnvironmentsConfig, RewardConfig, TasksConfig
 from experience.config import QueueConfig, StalenessConfig
 from learner.config import LearnerConfig, ModelConfig
-from learner.objectives.config import GROUP_RELATIVE
+from learner.objectives.names import GROUP_RELATIVE
 from learner.objectives.presets import PRESETS
 from orchestrator.composition import ConfigError, Origin, compose, leaves
 from orchestrator.fleet_config import FleetConfig

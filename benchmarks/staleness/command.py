@@ -22,7 +22,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     try:
         found = tuple(int(part) for part in value.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} must be whole numbers with commas, such as 0,8", param=parameter) from error
+        raise click.BadParameter(
+            f"{value!r} must be whole numbers with commas, such as 0,8", param=parameter
+        ) from error
     if min(found) < 0:
         raise click.BadParameter(f"{value!r}: a lag is at least 0", param=parameter)
     return found

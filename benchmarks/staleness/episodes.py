@@ -36,7 +36,7 @@ class LocalEngine:
         self._waiting: dict[str, asyncio.Future[TokenChunk]] = {}
 
     async def generate(self, request: GenerateRequest) -> TokenChunk:
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[TokenChunk] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = future
         self._front.submit_many([request])
         return await future

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def area_under(curve: list[tuple[int, float]]) -> float:
     """
     if len(curve) == 1:
         return curve[0][1]
-    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(curve, curve[1:], strict=False))
+    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(curve))
     return total / (curve[-1][0] - curve[0][0])
 
 
@@ -127,7 +128,9 @@ def run_trial(trial: Trial, model: Path, config: Config) -> Outcome:
             generated += 1
 
     def evaluate() -> None:
-        headers = [_header(held_out, index, 1, learner.version, trial.seed, EVALUATION) for index in range(trial.held_out)]
+        headers = [
+            _header(held_out, index, 1, learner.version, trial.seed, EVALUATION) for index in range(trial.held_out)
+        ]
         made = [decode_group(data) for data in rollouts.groups(headers)]
         rewards = [group.trajectories[0].reward or 0.0 for group in made]
         outcome.curve.append((learner.version, sum(reward >= 1.0 for reward in rewards) / len(rewards)))
@@ -154,9 +157,7 @@ def run_trial(trial: Trial, model: Path, config: Config) -> Outcome:
     return outcome
 
 
-def _header(
-    tasks: TaskSource, index: int, size: int, version: int, seed: int, purpose: str = "train"
-) -> GroupHeader:
+def _header(tasks: TaskSource, index: int, size: int, version: int, seed: int, purpose: str = "train") -> GroupHeader:
     return GroupHeader(
         group_id=f"{purpose}-{version}-{index:06d}",
         index=index,

@@ -71,7 +71,7 @@ class FsdpBackend:
         )
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
-        if config.kl_coef > 0:
+        if config.kl_coef > 0 and config.kl_place == "loss":
             place = config.reference or initial or path
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         self._teacher: FrozenModel | None = None
@@ -130,9 +130,13 @@ class FsdpBackend:
             batch.lags,
             batch.sample_of,
             entropies,
-            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            reference=self._reference.logprobs(batch)
+            if self._reference is not None and objective.kl_coef > 0
+            else None,
             distillation=self._distillation(batch, logits, objective),
             stays=batch.stays,
+            proximal=batch.proximal,
+            positive=batch.positive,
         )
         terms = policy_loss(tokens, objective)
         loss = (terms.loss * batch.weights).sum()
@@ -144,7 +148,7 @@ class FsdpBackend:
         return PassResult(sums)
 
     def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
-        if self._teacher is None:
+        if self._teacher is None or objective.distill_coef == 0:
             return None
         inverse = batch.inverse_temperatures[:, None]
         return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
@@ -240,9 +244,15 @@ class FsdpBackend:
 
 
 def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
-    bad = batch.sample_of[~torch.isfinite(per_token.detach())].unique().tolist()
-    named = [batch.samples[index] for index in bad] or batch.samples
-    return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)
+    """The samples with a loss that is not finite, each with the first and last token concerned (from 0 in its trajectory)."""
+    bad = ~torch.isfinite(per_token.detach())
+    found = []
+    for index in batch.sample_of[bad].unique().tolist() or range(len(batch.samples)):
+        sample = batch.samples[index]
+        own = bad[batch.sample_of == index].cpu().numpy()
+        where = sample.positions[own] + 1 if own.any() else sample.positions + 1
+        found.append(f"{sample.group_id}/{sample.trajectory_id} tokens {where[0]}-{where[-1]}")
+    return tuple(found)
 
 
 def _nothing(device: torch.device) -> MicroBatch:

@@ -140,7 +140,7 @@ def test_a_bad_trajectory_skips_the_step(model_directory: Path) -> None:
     groups[0].trajectories[0].logprobs[:] = np.nan
     result, backend = run_step(model_directory, [groups])
     assert not result.applied
-    assert result.bad_samples == ["g0/g0-0"]
+    assert result.bad_samples == ["g0/g0-0 tokens 3-23"]
     assert backend.updates == 0
     assert result.metrics["tokens/trained"] == 0
     assert result.metrics["tokens/masked"] == sum(group.sampled_tokens for group in groups)
