@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from experience.records import Group
 from experience.wire import decode_group
 from learner.backends.frozen import FrozenModel
 from learner.backends.make import make_backend
@@ -50,6 +52,21 @@ CPU_PASS_TOKENS = 2560
 
 RNG_KEY = "rng/torch"
 ENTROPY_KEY = "entropy/coefficient"
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can read: token ids below ``vocabulary``, sequences of at most ``positions`` tokens."""
+
+    vocabulary: int
+    positions: int
+
+    @classmethod
+    def of(cls, directory: Path) -> ModelLimits:
+        """Of the model in a Hugging Face directory."""
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        return cls(int(config["vocab_size"]), int(config.get("max_position_embeddings") or sys.maxsize))
 
 
 class Learner:
@@ -93,6 +110,7 @@ class Learner:
         self._skipped = 0
         self._seed = seed
         self._helpers = Helpers()
+        self._limits: ModelLimits | None = None
         self._sources: list[Source] = []
         self._entropy: EntropyController | None = None
         if config.entropy_target is not None:
@@ -111,6 +129,7 @@ class Learner:
         else:
             self._ranks = OneRank(make_backend(path, self._config, self._model_config.dtype, self._initial))
         self._source = Path(path)
+        self._limits = ModelLimits.of(Path(path))
         self._helpers = self._make_helpers(Path(path))
         self._sources = self._make_sources(Path(path))
         self.version = 0
@@ -148,8 +167,13 @@ class Learner:
         )
 
     def add(self, groups: Sequence[bytes]) -> list[str]:
-        """Takes encoded groups and trains on what fills a pass; returns their ids. Raises WireFormatError."""
+        """Takes encoded groups and trains on what fills a pass; returns their ids.
+
+        Raises WireFormatError, and LearnerError for a trajectory that the model cannot read.
+        """
         decoded = [decode_group(data) for data in groups]
+        for group in decoded:
+            self._check(group)
         self._running().add(decoded)
         return [group.group_id for group in decoded]
 
@@ -203,6 +227,23 @@ class Learner:
         target.mkdir(parents=True, exist_ok=True)
         self._write_model(target)
 
+    def _check(self, group: Group) -> None:
+        """Raises LearnerError for tokens that the model does not know, or more of them than it has positions for."""
+        assert self._limits is not None
+        for trajectory in group.trajectories:
+            where = f"group {group.group_id}, trajectory {trajectory.trajectory_id}"
+            largest = int(trajectory.tokens.max(initial=0))
+            if largest >= self._limits.vocabulary or trajectory.tokens.min(initial=0) < 0:
+                raise LearnerError(
+                    f"{where} has token {largest}, and the trained model knows {self._limits.vocabulary}: engines and learner must "
+                    "have the same tokenizer and model"
+                )
+            if len(trajectory) > self._limits.positions:
+                raise LearnerError(
+                    f"{where} has {len(trajectory)} tokens, and the trained model has {self._limits.positions} positions: lower "
+                    "rollout.max_episode_tokens"
+                )
+
     def _own_state(self) -> dict[str, torch.Tensor]:
         state = {RNG_KEY: torch.get_rng_state()}
         if self._entropy is not None:
@@ -226,17 +267,17 @@ class Learner:
             critic = Critic(config.critic.path or path, config.critic, device)
         if config.kl_place == "reward":
             place = config.reference or self._initial or path
-            reference = FrozenModel("learner.reference", place, device, _vocabulary(path))
+            reference = FrozenModel("learner.reference", place, device, ModelLimits.of(path).vocabulary)
         return Helpers(critic, reference)
 
     def _make_sources(self, path: Path) -> list[Source]:
         config = self._config
         found: list[Source] = []
         if config.sft.dataset is not None:
-            samples = read_demonstrations(Path(config.sft.dataset), path, _vocabulary(path))
+            samples = read_demonstrations(Path(config.sft.dataset), path, ModelLimits.of(path).vocabulary)
             found.append(Demonstrations(samples, config.sft, config, self._seed))
         if config.replay.run is not None:
-            groups = read_replay(config.replay, config, _vocabulary(path))
+            groups = read_replay(config.replay, config, ModelLimits.of(path).vocabulary)
             found.append(Replay(groups, config.replay, config, self._seed))
         return found
 
@@ -284,8 +325,3 @@ class Learner:
         if self._step is None:
             raise LearnerError("no step is under way: call begin_step first")
         return self._step
-
-
-def _vocabulary(path: Path) -> int:
-    """Tokens that the model in a directory knows."""
-    return int(json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"])

@@ -87,7 +87,9 @@ class Preparation:
 
         critic = self._helpers.critic
         assert critic is not None, "learner.advantage=gae needs a critic"
+        place = {sample.trajectory_id: index for index, sample in enumerate(samples)}
         valued = critic.values(pack(samples, self._pass_tokens))
+        valued.sort(key=lambda sample: place[sample.trajectory_id])
         return with_advantages(
             valued, self._objective, None if kl is None else [kl[sample.trajectory_id] for sample in valued]
         )
@@ -140,7 +142,8 @@ class Preparation:
             advantages = np.concatenate([_token_advantages(sample) for sample in ordered])
             stays = step_mask(logp, behaviour, advantages, limit)
             ordered = [replace(sample, stays=stays[span]) for sample, span in zip(ordered, spans, strict=True)]
-        return ordered
+        place = {sample.trajectory_id: index for index, sample in enumerate(samples)}
+        return sorted(ordered, key=lambda sample: place[sample.trajectory_id])
 
 
 def _token_advantages(sample: Sample) -> FloatArray:
