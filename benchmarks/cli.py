@@ -21,8 +21,9 @@ BENCHMARKS = {
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
-    "weights": "benchmarks.weights.command:weights",
+    "staleness": "benchmarks.staleness.command:staleness",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
+    "weights": "benchmarks.weights.command:weights",
 }
 
 

@@ -46,6 +46,16 @@ class Sample:
     temperature: float
     stays: npt.NDArray[np.bool_] | None = None
     """[n]: tokens that the second-moment mask of the step leaves in; None where there is no such mask."""
+    episode_id: str = ""
+    reward: float = 0.0
+    """Of its episode."""
+    token_advantages: npt.NDArray[np.float32] | None = None
+    """[n]: a critic's; None: ``advantage`` is that of every token."""
+    proximal: npt.NDArray[np.float32] | None = None
+    """[n]: log-probabilities at the beginning of the step; None where they are not needed."""
+    values: npt.NDArray[np.float32] | None = None
+    returns: npt.NDArray[np.float32] | None = None
+    """[n]: a critic's values at the beginning of the step, and what it is trained towards."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -55,6 +65,7 @@ class Sample:
 class GroupSamples:
     """What one group contributes to a step."""
 
+    group_id: str
     samples: list[Sample]
     sampled_tokens: int
     """Tokens of the group that an engine sampled for training."""
@@ -91,9 +102,13 @@ def make_samples(group: Group, version: int, max_lag: int, advantage: str) -> Gr
         [rewards[t.episode_id] for t in rewarded],
         advantage,
     )
-    samples = [_make_sample(t, float(a), version, max_lag) for t, a in zip(rewarded, advantages, strict=True)]
+    samples = [
+        _make_sample(t, float(a), rewards[t.episode_id], version, max_lag)
+        for t, a in zip(rewarded, advantages, strict=True)
+    ]
     kept = [sample for sample in samples if sample is not None]
     return GroupSamples(
+        group_id=group.group_id,
         samples=kept,
         sampled_tokens=group.sampled_tokens,
         usable_tokens=sum(len(sample.targets) for sample in kept),
@@ -103,7 +118,7 @@ def make_samples(group: Group, version: int, max_lag: int, advantage: str) -> Gr
     )
 
 
-def _make_sample(trajectory: Trajectory, advantage: float, version: int, max_lag: int) -> Sample | None:
+def _make_sample(trajectory: Trajectory, advantage: float, reward: float, version: int, max_lag: int) -> Sample | None:
     mask = loss_mask(trajectory, version, max_lag)
     # Nothing predicts the first token.
     where = np.flatnonzero(mask[1:])
@@ -119,6 +134,8 @@ def _make_sample(trajectory: Trajectory, advantage: float, version: int, max_lag
         lags=(version - trajectory.versions[where + 1]).astype(np.int64),
         advantage=advantage,
         temperature=trajectory.temperature,
+        episode_id=trajectory.episode_id,
+        reward=reward,
     )
 
 
@@ -197,6 +214,10 @@ class MicroBatch:
     """int64 [n]: index into ``samples``."""
     stays: torch.Tensor | None
     """bool [n]: see `Sample.stays`."""
+    proximal: torch.Tensor | None
+    """float32 [n]: see `Sample.proximal`."""
+    positive: torch.Tensor
+    """bool [n]: tokens to imitate where the objective does that: of positive advantage, with a critic of positive reward."""
     samples: tuple[Sample, ...]
     normaliser: float
     """What the batch adds to the step's normaliser: its targets, or its trajectories."""
@@ -314,12 +335,14 @@ def collate(
         positions=positions,
         targets=targets,
         behaviour=joined((s.behaviour for s in samples), np.float32),
-        advantages=repeated([s.advantage for s in samples]),
+        advantages=joined((_advantages(s) for s in samples), np.float32),
         weights=repeated(per_sample_weight),
         inverse_temperatures=inverse_temperatures,
         lags=joined((s.lags for s in samples), np.int64),
         sample_of=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)).to(device),
-        stays=_stays(samples, device),
+        stays=_all_or_none([s.stays for s in samples], "a second-moment mask", device),
+        proximal=_all_or_none([s.proximal for s in samples], "a proximal policy", device),
+        positive=repeated([_is_positive(s) for s in samples]).bool(),
         samples=tuple(samples),
         normaliser=float(sum(counts) if aggregation == "token" else len(samples)),
         distinct=_distinct(positions, targets, inverse_temperatures) if isinstance(row.layout, TreeLayout) else None,
@@ -338,13 +361,27 @@ def _distinct(positions: torch.Tensor, targets: torch.Tensor, inverse_temperatur
     return Predictions(positions[first], targets[first], inverse_temperatures[first], of)
 
 
-def _stays(samples: Sequence[Sample], device: torch.device | str) -> torch.Tensor | None:
-    masks = [sample.stays for sample in samples if sample.stays is not None]
-    if not masks:
+def _advantages(sample: Sample) -> npt.NDArray[np.float32]:
+    """[n]."""
+    if sample.token_advantages is not None:
+        return sample.token_advantages
+    return np.full(len(sample.targets), sample.advantage, dtype=np.float32)
+
+
+def _is_positive(sample: Sample) -> bool:
+    return (sample.reward if sample.token_advantages is not None else sample.advantage) > 0
+
+
+def _all_or_none(
+    arrays: Sequence[npt.NDArray[np.generic] | None], what: str, device: torch.device | str
+) -> torch.Tensor | None:
+    """The arrays end to end; None if there are none."""
+    found = [array for array in arrays if array is not None]
+    if not found:
         return None
-    if len(masks) != len(samples):
-        raise ValueError("some samples of a micro-batch have a second-moment mask and others have none")
-    return torch.from_numpy(np.concatenate(masks)).to(device)
+    if len(found) != len(arrays):
+        raise ValueError(f"some samples of a micro-batch have {what} and others have none")
+    return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 def idle_batch(device: torch.device | str = "cpu") -> MicroBatch:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from learner.backends.megatron.settings import MegatronConfig
+from learner.mixing_config import CriticConfig, ReplayConfig, SftConfig
 from learner.objectives.config import ObjectiveConfig, require_choice
+from learner.objectives.names import WHOLE_STEP
 from learner.prefix_tree import ALWAYS, WHERE_IT_PAYS, Sharing
 from learner.synthetic_config import SyntheticLearnerConfig
 
@@ -67,6 +69,9 @@ class LearnerConfig(ObjectiveConfig):
     """That many non-finite steps in a row end the run."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """How ``backend: megatron`` divides the ranks."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
     """What ``backend: synthetic`` models."""
 
@@ -75,6 +80,10 @@ class LearnerConfig(ObjectiveConfig):
         self._validate_choices()
         self._validate_numbers()
         self.validate_objective()
+        self.critic.validate()
+        self.sft.validate()
+        self.replay.validate()
+        self._validate_parts()
         if self.backend == "synthetic":
             self.synthetic.validate()
         self._validate_megatron()
@@ -102,8 +111,24 @@ class LearnerConfig(ObjectiveConfig):
         require_choice("learner.device", self.device, DEVICES)
         require_choice("learner.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("learner.prefix_sharing", self.prefix_sharing, tuple(PREFIX_SHARING))
-        if self.advantage == "gae":
-            raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
+
+    def _validate_parts(self) -> None:
+        """What lives in the learner's own process goes with one rank; what is recorded must be comparable."""
+        for key, used in (("advantage=gae", self.advantage == "gae"), ("kl_place=reward", self.kl_place == "reward")):
+            if used and (self.ranks > 1 or self.backend != "fsdp"):
+                raise ValueError(
+                    f"learner.{key} works with learner.backend=fsdp and learner.ranks=1 (its model lives in the learner's process), "
+                    f"not with backend={self.backend} and ranks={self.ranks}"
+                )
+        if self.advantage != "gae" and self.critic.pretrain_steps:
+            raise ValueError(
+                f"learner.critic.pretrain_steps can have no effect with learner.advantage={self.advantage}: it is for gae"
+            )
+        if self.replay.run is not None and self.advantage in WHOLE_STEP:
+            raise ValueError(
+                f"learner.replay.run needs advantages within groups (grpo, dr_grpo, rloo): those of learner.advantage="
+                f"{self.advantage} are taken over a step, and recorded groups belong to none"
+            )
 
     def _validate_numbers(self) -> None:
         if self.rank_timeout_s <= 0:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from learner.backends.batch_loss import batch_loss
 from learner.backends.frozen import FrozenModel
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
@@ -26,9 +27,7 @@ from learner.batching import MicroBatch, idle_batch
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.regularisers import distillation_loss
-from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class FsdpBackend:
         self._moments = MOMENTS[config.optimizer]
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
-        if config.kl_coef > 0:
+        if config.kl_coef > 0 and config.kl_place == "loss":
             place = config.reference or initial or path
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         self._teacher: FrozenModel | None = None
@@ -126,30 +125,23 @@ class FsdpBackend:
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
         logp, entropies = self._statistics(batch, logits, objective.entropy_coef > 0)
-        tokens = TokenInputs(
+        reference = self._reference if objective.kl_coef > 0 else None
+        loss, result = batch_loss(
+            batch,
             logp,
-            batch.behaviour,
-            batch.advantages,
-            batch.lags,
-            batch.sample_of,
             entropies,
-            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            objective,
+            reference=None if reference is None else reference.logprobs(batch),
             distillation=self._distillation(batch, logits, objective),
-            stays=batch.stays,
         )
-        terms = policy_loss(tokens, objective)
-        loss = (terms.loss * batch.weights).sum()
-        if not math.isfinite(float(loss.detach())):
-            if self._world > 1:  # the other ranks are in their backward passes and wait for this one
-                (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
-            return PassResult(TokenSums(), batch.samples_at(~torch.isfinite(terms.loss.detach())))
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
-        sums.normaliser = batch.normaliser
-        return PassResult(sums)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif self._world > 1:  # the other ranks are in their backward passes and wait for this one
+            (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        return result
 
     def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
-        if self._teacher is None:
+        if self._teacher is None or objective.distill_coef == 0:
             return None
         inverse = batch.asked.inverse_temperatures[:, None]
         return batch.spread(
