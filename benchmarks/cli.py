@@ -15,12 +15,15 @@ BENCHMARKS = {
     "fleet": "benchmarks.fleet.command:fleet",
     "kv": "benchmarks.kv:kv",
     "learn": "benchmarks.learn:learn",
+    "packing": "benchmarks.packing:packing",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
+    "staleness": "benchmarks.staleness.command:staleness",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
+    "weights": "benchmarks.weights.command:weights",
 }
 
 

@@ -4,7 +4,8 @@
 loop            consumes                          produces                         waits for
 ==============  ================================  ===============================  ================================
 ``run``         groups leased from the queue      one version a step, an ack,      groups; the publication of the
-                                                  metrics, checkpoints             version before
+                                                  metrics, checkpoints             version before; the checkpoint
+                                                                                   before, until it is written
 ``prepare``     the weights of the last step      a copy for the transport         nothing
 ==============  ================================  ===============================  ================================
 
@@ -80,6 +81,10 @@ class LearnerActor:
         self._copied.set()
         self._phase = "starting"
         self._account = process_books().account()
+        self._group: Any = None
+        """The ranks that train together; None: this process trains."""
+        self._writing: asyncio.Future[None] | None = None
+        """The checkpoint that is being written while training goes on."""
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
         self._ended = asyncio.Event()
@@ -93,6 +98,19 @@ class LearnerActor:
 
         ``engine_nodes`` are the host names of the engines: they decide the transport.
         """
+        training = asyncio.ensure_future(self._train(queue, controller, engine_nodes))
+        if self._group is None:
+            return await training
+        lost: asyncio.Future[Exception] = asyncio.ensure_future(self._group.lost())
+        watched: list[asyncio.Future[Any]] = [training, lost]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if training.done():
+            lost.cancel()
+            return training.result()
+        training.cancel()
+        raise lost.result()
+
+    async def _train(self, queue: Any, controller: Any, engine_nodes: list[str]) -> int:
         settings = self._settings
         await self._compute(self._open_sender, engine_nodes)
         consumer = await consumer_for(queue)
@@ -103,17 +121,22 @@ class LearnerActor:
             await queue.ack.remote(
                 group_ids, version - 1, int(metrics["tokens/trained"]), int(metrics["tokens/masked"])
             )
-            if publication is not None:
-                with _Timer(self, "publishing"):
-                    await publication
-            self._copied.clear()
-            publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
+            if self._is_published(version):
+                if publication is not None:
+                    with _Timer(self, "publishing"):
+                        await publication
+                self._copied.clear()
+                publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
             await controller.step_done.remote(version, {**metrics, **self._shares()})
+            if self._writing is not None and self._writing.done():
+                await self._written()
             if self._is_due(version):
                 with _Timer(self, "saving"):
                     await self._save(queue, controller)
         if publication is not None:
             await publication
+        with _Timer(self, "saving"):
+            await self._written()
         self._phase = "finished"
         return int(self._learner.version)
 
@@ -121,7 +144,10 @@ class LearnerActor:
         """Copy the weights of ``version`` aside; training goes on, the next update waits for this."""
         if self._learner.version != version:
             raise RuntimeError(f"the learner is at version {self._learner.version}, not {version}")
-        await asyncio.to_thread(self._prepare)
+        if self._group is None:
+            await asyncio.to_thread(self._prepare)
+        else:
+            await self._compute(self._prepare)  # ranks gather together, and not amid a pass
         self._copied.set()
 
     async def offer(self, version: int, members: list[str]) -> bytes:
@@ -134,6 +160,16 @@ class LearnerActor:
     async def send(self) -> None:
         """Move the bytes of the last offer."""
         await asyncio.to_thread(self._sender.send)
+
+    async def cancel_send(self) -> None:
+        """A member of the last offer is gone: end `send` at once, so that the others need not wait for it."""
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.cancel)
+
+    async def taken(self, member: str, version: int) -> None:
+        """An engine was given ``version`` without this process's help."""
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.taken, member, version)
 
     async def export(self, directory: str) -> None:
         """Write the present weights as a Hugging Face directory."""
@@ -191,15 +227,31 @@ class LearnerActor:
         self._seconds["waiting"] -= moved
         self._seconds["training"] += moved
 
+    def _is_published(self, version: int) -> bool:
+        """Every ``weights.every``-th version, and the last one."""
+        return version == self._settings.steps or version % self._settings.weights.every == 0
+
     def _is_due(self, version: int) -> bool:
         every = self._settings.checkpoint_every
         return version == self._settings.steps or (every > 0 and version % every == 0)
 
     async def _save(self, queue: Any, controller: Any) -> None:
+        """Begin a checkpoint; training goes on while it is written."""
+        await self._written()
         extra = await controller.checkpoint_extra.remote()
-        path = await self._compute(self._learner.save, self._settings.checkpoint_directory, extra)
-        await queue.commit.remote(self._learner.version - 1)
+        await self._compute(self._learner.begin_save, self._settings.checkpoint_directory, extra)
+        self._writing = asyncio.ensure_future(self._write(queue, self._learner.version))
+
+    async def _write(self, queue: Any, version: int) -> None:
+        path = await asyncio.to_thread(self._learner.finish_save)
+        await queue.commit.remote(version - 1)
         logger.info("checkpoint %s written", path)
+
+    async def _written(self) -> None:
+        """The checkpoint that was begun is on disk. Raises CheckpointError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
 
     def _make_learner(self) -> Any:
         settings = self._settings
@@ -219,9 +271,8 @@ class LearnerActor:
         from learner.backends.rank_group import RankGroup
         from learner.learner import Learner
 
-        group = None
         if settings.ranks:
-            group = RankGroup(settings.ranks, settings.learner, settings.learner.rank_timeout_s)
+            self._group = RankGroup(settings.ranks, settings.learner, settings.learner.rank_timeout_s)
         return Learner(
             settings.learner,
             settings.model,
@@ -231,7 +282,7 @@ class LearnerActor:
             keep_checkpoints=settings.keep_checkpoints,
             seed=settings.seed,
             initial=settings.model_path,
-            group=group,
+            group=self._group,
         )
 
     def _load(self, checkpoint: str | None) -> int:
@@ -245,18 +296,23 @@ class LearnerActor:
         return int(self._learner.version)
 
     def _open_sender(self, engine_nodes: list[str]) -> None:
-        from weight_sync.transports.select import choose_transport, make_sender
+        from learner.publishing import OwnPublisher, RanksPublisher, SendingPlace
+        from weight_sync.transports.select import choose_transport
 
-        weights, here = self._settings.weights, socket.gethostname()
-        kind = choose_transport(weights.transport, here, engine_nodes)
-        host = "127.0.0.1" if all(node == here for node in engine_nodes) else here
+        weights = self._settings.weights
+        senders = [socket.gethostname()] if self._group is None else self._group.nodes()
+        kind = choose_transport(weights.transport, senders[0], [*engine_nodes, *senders])
         beside = self._settings.checkpoint_directory.parent / "weights"
-        self._sender = make_sender(weights, kind, host=host, device=self._learner.device, disk_directory=beside)
-        logger.info("weights travel by %s", kind)
+        place = SendingPlace(weights, kind, tuple(engine_nodes), str(beside))
+        if self._group is None:
+            self._sender = OwnPublisher(place, self._learner.device, self._learner.named_tensors)
+        else:
+            self._sender = RanksPublisher(place, self._group)
+        logger.info("weights travel by %s from %d senders", kind, len(senders))
 
     def _prepare(self) -> None:
+        self._sender.prepare(self._learner.version)
         self._prepared = self._learner.version
-        self._sender.prepare(self._prepared, self._learner.named_tensors(), [])
 
     def _shares(self) -> dict[str, float]:
         total = sum(self._seconds.values()) or 1.0

@@ -1,7 +1,8 @@
-"""Checkpoints: ``step-000050/`` is a Hugging Face directory with the optimizer's state and a ``state.json`` beside it.
+"""Checkpoints: ``step-000050/`` is a Hugging Face directory with an ``optimizer/`` and a ``state.json`` beside its files.
 
 A checkpoint is written to a temporary directory that is renamed when everything is on disk, so a directory of that name
-is whole. ``state.json`` holds the SHA-256 of every other file, and loading checks them.
+is whole. ``state.json`` holds the SHA-256 of every other file, and loading checks them. `backends.checkpoint_files` writes
+the tensors.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from typing import Any
 from learner.errors import CheckpointError
 
 STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-REFERENCE_FILE = "reference.safetensors"
-"""The reference policy, in checkpoints of runs that moved it."""
-FORMAT = 1
+OWN_FILE = "learner.safetensors"
+"""What the learner's own process holds beside the ranks: the critic with its optimizer, the entropy coefficient."""
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})$")
 _TEMPORARY = ".writing"
 TOKENIZER_FILES = (
@@ -85,18 +85,21 @@ def commit_checkpoint(temporary: Path, state: CheckpointState, keep: int) -> Pat
         "version": state.version,
         "updates": state.updates,
         "extra": state.extra,
-        "files": {path.name: _sha256(path) for path in sorted(temporary.iterdir())},
     }
     try:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        content["files"] = {str(path.relative_to(temporary)): _sha256(path) for path in files}
         (temporary / STATE_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _flush_to_disk(path)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
         _flush_to_disk(target.parent)
     except (OSError, TypeError) as error:
-        raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {error}; free space there, then resume the run"
+        ) from error
     for old in all_checkpoints(target.parent)[:-keep]:
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -145,10 +148,13 @@ def _instead(path: Path) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files from a model directory, if there are any."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
+    """Copies the tokenizer's files from a model directory, if there are any. Raises CheckpointError."""
+    try:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file() and not (target / name).exists():
+                shutil.copyfile(source / name, target / name)
+    except OSError as error:
+        raise CheckpointError(f"cannot copy the tokenizer from {source} to {target}: {error}") from error
 
 
 def source_after(source: Path | None, written: Path) -> Path | None:

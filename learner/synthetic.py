@@ -63,6 +63,7 @@ class SyntheticLearner:
         self._config, self._max_lag, self._keep = config, max_lag, keep_checkpoints
         self._clock, self._wait = clock, wait
         self._source: Path | None = None
+        self._saved: Path | None = None
         self._weights: dict[str, npt.NDArray[Any]] = {}
         self._groups: list[GroupSamples] | None = None
         self._tokens = 0
@@ -118,7 +119,7 @@ class SyntheticLearner:
         self.version += 1
         return {
             "loss": 0.0,
-            **group_metrics(groups, applied=True, passes=0),
+            **group_metrics(groups, left_out=frozenset(), passes=0),
             "steps/skipped": 0.0,
             "updates": float(self.version),
             "tokens/passed": float(self._tokens),
@@ -141,6 +142,16 @@ class SyntheticLearner:
         written = commit_checkpoint(temporary, state, self._keep)
         self._source = source_after(self._source, written)
         return written
+
+    def begin_save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """`save`: there is next to nothing to write."""
+        self._saved = self.save(directory, extra)
+
+    def finish_save(self) -> Path:
+        """The checkpoint that `begin_save` wrote."""
+        if self._saved is None:
+            raise LearnerError("no checkpoint is being written: call begin_save first")
+        return self._saved
 
     def export(self, directory: str | Path) -> None:
         """Write the present weights as a model directory, with the tokenizer."""

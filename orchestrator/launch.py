@@ -76,8 +76,6 @@ def check(config: Config) -> None:
     _try_user_code("tasks.environment", f"{name} (make_task)", lambda: tasks.task(0))
     for kind in (reward.kind for reward in config.rewards if reward.kind != "rule"):
         _try_user_code("rewards", kind, partial(load_object, kind, "rewards"))
-    if config.weights.every != 1:
-        raise ConfigError(f"weights.every={config.weights.every} is not built yet: leave it 1")
     if config.model.path is not None:
         check_model(Path(config.model.path), config.rollout.loop, config.engines.max_len)
         if config.engines.kind == "synthetic":

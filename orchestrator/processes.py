@@ -127,6 +127,15 @@ class Processes:
         gpus = 0.0 if settings.ranks else self.resources.learner_gpus
         return self._actor(LearnerActor, "learner", index, attempt, gpus, f"learner-{index}.{attempt}", settings)
 
+    def stager(self, node: str) -> Any:
+        """What holds weights on a node, for the engines there."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from weight_sync.relay.stager import StagerActor
+
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return self._actor(StagerActor, "stager", node[:8], 0, 0, strategy=strategy)
+
     def _ranks(self, attempt: int) -> tuple[Any, ...]:
         """The actors of a learner of several ranks; none for a learner that trains in its own process."""
         from learner.backends.rank_actor import RankActor, RankSettings
@@ -174,9 +183,13 @@ class Processes:
         """Step logs of workers that are gone."""
         return [str(path) for path in sorted(self.run.episodes.glob("worker-*")) if path not in alive]
 
-    def _actor(self, kind: type, role: str, index: int, attempt: int, gpus: float, *arguments: Any) -> Any:
+    def _actor(
+        self, kind: type, role: str, index: int | str, attempt: int, gpus: float, *arguments: Any, strategy: Any = None
+    ) -> Any:
         remote = ray.remote(logged(kind))
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}
+        if strategy is not None:
+            options["scheduling_strategy"] = strategy
         identity = Identity(
             str(self.run.path), f"{role}-{index}", self.attempt_base + attempt, attempt > 0, self.secrets
         )

@@ -15,26 +15,25 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from learner.backends.batch_loss import batch_loss
 from learner.backends.frozen import FrozenModel
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
 from learner.backends.sharding import as_sharded, shard, whole
-from learner.batching import MicroBatch, Sample, collate
+from learner.batching import MicroBatch, idle_batch
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.regularisers import distillation_loss
-from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""Tensors that an optimizer keeps for each parameter."""
 
 
 class FsdpBackend:
@@ -58,20 +57,16 @@ class FsdpBackend:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        self.sharing = None if _has_dropout(self._model.config) else config.sharing
         self._world = world
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
         self._parameters: dict[str, torch.nn.Parameter] = dict(self._model.named_parameters())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(list(self._parameters.values()), config)
+        self._moments = MOMENTS[config.optimizer]
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
-        if config.kl_coef > 0:
+        if config.kl_coef > 0 and config.kl_place == "loss":
             place = config.reference or initial or path
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         self._teacher: FrozenModel | None = None
@@ -87,21 +82,30 @@ class FsdpBackend:
             "dtype": str(self._dtype).removeprefix("torch."),
             "data_parallel": self._world,
             "places": list(range(self._world)),
+            "shares_prefixes": self.sharing is not None,
         }
 
     def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of the batch's targets, float32 [n] each, with gradient."""
-        return token_logprobs(
-            self._logits(batch), batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
+        return self._statistics(batch, self._logits(batch), entropy_gradient)
+
+    def _statistics(
+        self, batch: MicroBatch, logits: torch.Tensor, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = batch.asked
+        logp, entropies = token_logprobs(
+            logits, asked.targets, asked.inverse_temperatures, entropy_gradient=entropy_gradient
         )
+        return batch.spread(logp), batch.spread(entropies)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[m, vocabulary] of what the batch asks."""
         with self._autocast():
             output = self._model(
                 input_ids=batch.inputs,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                logits_to_keep=batch.positions,
+                logits_to_keep=batch.asked.positions,
                 ragged=batch.layout,
             )
         logits: torch.Tensor = output.logits[0]
@@ -112,49 +116,44 @@ class FsdpBackend:
             return self.logprobs(batch)[0]
 
     def idle_pass(self) -> None:
-        (self._logits(_nothing(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        (self._logits(idle_batch(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
 
     def idle_forward(self) -> None:
         with torch.no_grad():
-            self._logits(_nothing(self.device))
+            self._logits(idle_batch(self.device))
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
-        logp, entropies = token_logprobs(
-            logits, batch.targets, batch.inverse_temperatures, entropy_gradient=objective.entropy_coef > 0
-        )
-        tokens = TokenInputs(
+        logp, entropies = self._statistics(batch, logits, objective.entropy_coef > 0)
+        reference = self._reference if objective.kl_coef > 0 else None
+        loss, result = batch_loss(
+            batch,
             logp,
-            batch.behaviour,
-            batch.advantages,
-            batch.lags,
-            batch.sample_of,
             entropies,
-            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            objective,
+            reference=None if reference is None else reference.logprobs(batch),
             distillation=self._distillation(batch, logits, objective),
-            stays=batch.stays,
         )
-        terms = policy_loss(tokens, objective)
-        loss = (terms.loss * batch.weights).sum()
-        if not math.isfinite(float(loss.detach())):
-            return PassResult(TokenSums(), _bad_samples(batch, terms.loss))
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
-        sums.normaliser = batch.normaliser
-        return PassResult(sums)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif self._world > 1:  # the other ranks are in their backward passes and wait for this one
+            (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        return result
 
     def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
-        if self._teacher is None:
+        if self._teacher is None or objective.distill_coef == 0:
             return None
-        inverse = batch.inverse_temperatures[:, None]
-        return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        inverse = batch.asked.inverse_temperatures[:, None]
+        return batch.spread(
+            distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        )
 
     def step(self, normaliser: float) -> float | None:
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = self._gradients()
         if not gradients:
             return 0.0
         torch._foreach_mul_(gradients, 1.0 / normaliser)
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        norm = _norm(gradients)
         if not math.isfinite(norm):
             self.discard_gradient()
             return None
@@ -169,11 +168,17 @@ class FsdpBackend:
         self._move_reference()
         return norm
 
+    def gradient_is_finite(self) -> bool:
+        return math.isfinite(_norm(self._gradients()))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
     def _move_reference(self) -> None:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
         every = self._config.reference_reset_every
         if self._reference is not None and every and self.updates % every == 0:
-            self._reference.take(self._parameters.items())
+            self._reference.take((name, whole(parameter.detach())) for name, parameter in self._parameters.items())
             logger.info("the reference policy is that of update %d", self.updates)
 
     def reference_state(self) -> dict[str, torch.Tensor]:
@@ -197,6 +202,15 @@ class FsdpBackend:
         for name, parameter in self._parameters.items():
             yield name, whole(parameter.detach().to(self._dtype))
 
+    def master_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach()
+
+    def save_config(self, directory: Path) -> None:
+        self._model.config.save_pretrained(directory)
+        if self._model.can_generate():
+            self._model.generation_config.save_pretrained(directory)
+
     def save_model(self, directory: Path) -> None:
         if self._world == 1:
             self._model.save_pretrained(directory, safe_serialization=True)
@@ -208,23 +222,23 @@ class FsdpBackend:
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
+            for moment in self._moments:
                 known = self._optimizer.state.get(parameter, {}).get(moment)
                 if known is not None:
-                    state[f"{moment}/{name}"] = whole(known.detach()).cpu().contiguous()
+                    state[f"{moment}/{name}"] = known.detach()
         return state
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        expected = {f"{moment}/{name}" for moment in MOMENTS for name in self._parameters} if updates else set()
+        expected = {f"{moment}/{name}" for moment in self._moments for name in self._parameters} if updates else set()
         if expected != state.keys():
             strange = sorted(expected ^ state.keys())[:3]
             raise CheckpointError(f"the optimizer state is not this model's: {', '.join(strange)} do not match")
         self.updates = updates
         self._optimizer.state.clear()
-        if not updates:
+        if not updates or not self._moments:
             return
         for name, parameter in self._parameters.items():
-            moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in self._moments}
             if any(value.shape != parameter.shape for value in moments.values()):
                 raise CheckpointError(f"the optimizer state of {name} does not have the shape of the parameter")
             moments = {moment: as_sharded(value, parameter) for moment, value in moments.items()}
@@ -239,23 +253,18 @@ class FsdpBackend:
         return torch.autocast(self.device.type, dtype=self._dtype)
 
 
-def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
-    bad = batch.sample_of[~torch.isfinite(per_token.detach())].unique().tolist()
-    named = [batch.samples[index] for index in bad] or batch.samples
-    return tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in named)
+def _norm(gradients: list[torch.Tensor]) -> float:
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
 
-def _nothing(device: torch.device) -> MicroBatch:
-    """A batch of one token that nobody trains."""
-    sample = Sample(
-        trajectory_id="",
-        group_id="",
-        inputs=np.zeros(1, np.int32),
-        positions=np.zeros(1, np.int64),
-        targets=np.zeros(1, np.int64),
-        behaviour=np.zeros(1, np.float32),
-        lags=np.zeros(1, np.int64),
-        advantage=0.0,
-        temperature=1.0,
-    )
-    return collate([sample], "token", device)
+def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
+    """What ``learner.optimizer`` asks for."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def _has_dropout(config: Any) -> bool:
+    """Whether attention drops at random: sequences that share a prefix would drop the same."""
+    return any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))

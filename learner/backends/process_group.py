@@ -23,13 +23,14 @@ def free_address(host: str) -> str:
 
 
 def join(address: str, rank: int, world: int, device: torch.device, timeout_s: float) -> None:
-    """Join the default process group as ``rank`` of ``world``: NCCL on GPUs, gloo on CPUs, the same code.
+    """Join the default process group as ``rank`` of ``world``: NCCL for tensors on GPUs, gloo for those on CPUs.
 
     Raises LearnerError, naming the group, if the others do not come within ``timeout_s``; collectives time out after as long.
     """
     host, port = address.rsplit(":", 1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo beside NCCL: weights that are offloaded to host memory have their norms summed there.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s)
     try:
         store = torch._C._distributed_c10d.TCPStore(host, int(port), world, is_master=rank == 0, timeout=limit)
@@ -39,3 +40,12 @@ def join(address: str, rank: int, world: int, device: torch.device, timeout_s: f
             f"rank {rank} of {world} did not find the other ranks of the learner at {address} within {timeout_s:g} s: {error}"
         ) from error
     logger.info("rank %d of %d has joined the learner's %s group", rank, world, backend)
+
+
+def checkpoint_group(timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks for writing checkpoints; all ranks call this together.
+
+    Its own, because a checkpoint is written beside training: two threads that share a group mix up their messages.
+    """
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return group

@@ -12,6 +12,7 @@ import torch
 from learner.batching import MicroBatch
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class PassResult:
 
     sums: TokenSums
     bad_samples: tuple[str, ...] = ()
-    """``group_id/trajectory_id`` of samples whose loss is not finite; the pass then added no gradient."""
+    """Samples whose loss is not finite, as ``group_id/trajectory_id tokens FIRST to LAST``. The pass then added no
+    gradient worth anything: the step is to be discarded on all ranks."""
 
 
 class TrainingBackend(Protocol):
@@ -29,6 +31,8 @@ class TrainingBackend(Protocol):
     device: torch.device
     updates: int
     """Optimizer updates so far."""
+    sharing: Sharing | None
+    """Which common prefixes of a micro-batch are computed once; None: none is."""
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         """Adds the batch's gradient of the *summed* loss."""
@@ -53,6 +57,10 @@ class TrainingBackend(Protocol):
         """
         ...
 
+    def gradient_is_finite(self) -> bool:
+        """Whether the gradient so far has a finite norm, over all ranks; all of them ask together."""
+        ...
+
     def discard_gradient(self) -> None:
         """Zeroes the gradient without an update."""
         ...
@@ -69,20 +77,38 @@ class TrainingBackend(Protocol):
         """The parameters to publish, by Hugging Face name, tied ones once, in the dtype that engines serve."""
         ...
 
+    def master_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The float32 weights by Hugging Face name, tied ones once, for a checkpoint: each a shard (DTensor) or whole.
+
+        All ranks go through it together. A tensor may be that of the model itself.
+        """
+        ...
+
+    def save_config(self, directory: Path) -> None:
+        """Writes what a Hugging Face directory has besides weights and tokenizer (``config.json``)."""
+        ...
+
     def save_model(self, directory: Path) -> None:
         """Writes a Hugging Face directory (without tokenizer)."""
         ...
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """All that a resumed run needs besides the model, as tensors on the CPU."""
+        """The optimizer's tensors as ``MOMENT/NAME``, by Hugging Face name and in its shape: each a shard (DTensor) or whole.
+
+        Whole ones may be given by any rank that has them. A tensor may be that of the optimizer itself.
+        """
         ...
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        """The inverse. Raises CheckpointError if the state is another model's."""
+        """The inverse: shards where `master_weights` gives shards, or whole tensors.
+
+        Raises CheckpointError if the state is another model's.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them."""
+        """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them;
+        ``shares_prefixes``: whether `sharing` is not None (may be missing if it is)."""
         ...
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from learner.backends.checkpoint_files import CheckpointFiles
 from learner.backends.protocol import PassResult, PipelinedBackend, TrainingBackend
 from learner.batching import Sample, collate
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 Bin = Sequence[Sample]
 """Samples of one pass, longest first."""
@@ -45,6 +47,11 @@ class LearnerRanks(Protocol):
         """Optimizer updates so far."""
         ...
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
+        ...
+
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         """One pass for each bin, ``width`` at a time; adds the gradient of their *summed* loss."""
         ...
@@ -57,21 +64,34 @@ class LearnerRanks(Protocol):
         """See `TrainingBackend.step`."""
         ...
 
+    def gradient_is_finite(self) -> bool:
+        """See `TrainingBackend.gradient_is_finite`."""
+        ...
+
     def discard_gradient(self) -> None: ...
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         """See `TrainingBackend.named_tensors`."""
         ...
 
-    def save_model(self, directory: Path) -> None: ...
+    def save_model(self, directory: Path) -> None:
+        """Writes a Hugging Face directory (without tokenizer)."""
+        ...
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]: ...
+    def begin_save(self, directory: Path) -> None:
+        """Copies what a checkpoint holds (but the tokenizer) and begins to write it; training may go on after that.
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None: ...
+        Raises CheckpointError.
+        """
+        ...
 
-    def reference_state(self) -> dict[str, torch.Tensor]: ...
+    def finish_save(self) -> None:
+        """Waits until that is written; may run beside training, on another thread. Raises CheckpointError."""
+        ...
 
-    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None: ...
+    def restore(self, directory: Path, updates: int) -> None:
+        """Reads what a checkpoint holds besides weights. Raises CheckpointError."""
+        ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -83,6 +103,7 @@ class OneRank:
 
     def __init__(self, backend: TrainingBackend) -> None:
         self.backend = backend
+        self._files = CheckpointFiles(None)
 
     @property
     def on_cpu(self) -> bool:
@@ -96,6 +117,10 @@ class OneRank:
     def updates(self) -> int:
         return self.backend.updates
 
+    @property
+    def sharing(self) -> Sharing | None:
+        return self.backend.sharing
+
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         return train_bins(self.backend, bins, objective)
 
@@ -104,6 +129,9 @@ class OneRank:
 
     def step(self, normaliser: float) -> float | None:
         return self.backend.step(normaliser)
+
+    def gradient_is_finite(self) -> bool:
+        return self.backend.gradient_is_finite()
 
     def discard_gradient(self) -> None:
         self.backend.discard_gradient()
@@ -114,17 +142,14 @@ class OneRank:
     def save_model(self, directory: Path) -> None:
         self.backend.save_model(directory)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        return self.backend.optimizer_state()
+    def begin_save(self, directory: Path) -> None:
+        self._files.begin_save(self.backend, directory)
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        self.backend.load_optimizer_state(state, updates)
+    def finish_save(self) -> None:
+        self._files.finish_save()
 
-    def reference_state(self) -> dict[str, torch.Tensor]:
-        return self.backend.reference_state()
-
-    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.backend.load_reference_state(state)
+    def restore(self, directory: Path, updates: int) -> None:
+        self._files.restore(self.backend, directory, updates)
 
     def describe(self) -> dict[str, Any]:
         return self.backend.describe()
@@ -135,7 +160,7 @@ def train_bin(backend: TrainingBackend, samples: Bin, objective: ObjectiveConfig
     if not samples:
         backend.idle_pass()
         return PassResult(TokenSums())
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     return backend.forward_backward(batch, objective)
 
 
@@ -161,6 +186,6 @@ def bin_logprobs(backend: TrainingBackend, samples: Bin, objective: ObjectiveCon
     if not samples:
         backend.idle_forward()
         return np.zeros(0, dtype=np.float32)
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     found: npt.NDArray[np.float32] = backend.forward(batch).cpu().numpy()
     return found

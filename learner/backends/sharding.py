@@ -22,13 +22,13 @@ def shard(model: Any, device: torch.device, dtype: torch.dtype, *, offload: bool
     if layers is None:
         raise ModelError(f"{type(model).__name__} has no decoder layers at model.layers: it cannot be sharded")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    precision = MixedPrecisionPolicy(
-        param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-    )
-    policy = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
+    compute = None if dtype is torch.float32 else dtype
+    inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    outermost = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=inside, offload_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=outermost, offload_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -114,8 +114,11 @@ def test_a_time_out_ends_what_the_run_had_started_too(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run_group([sys.executable, "-c", script], tmp_path / "log", 2.0)
     child = int(noted.read_text())
-    gone = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=5)[1] == []
-    assert gone, f"process {child} outlived its run"
+    try:
+        alive = psutil.wait_procs([psutil.Process(child)], timeout=5)[1]
+    except psutil.NoSuchProcess:
+        alive = []
+    assert not alive, f"process {child} outlived its run"
 
 
 def test_no_seeds_is_refused() -> None:

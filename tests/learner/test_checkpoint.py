@@ -7,7 +7,7 @@ import pytest
 import torch
 from learner_fixtures import make_groups, make_learner, train_step
 
-from learner.checkpoint import OPTIMIZER_FILE, STATE_FILE, all_checkpoints, latest, read_checkpoint
+from learner.checkpoint import STATE_FILE, all_checkpoints, latest, read_checkpoint
 from learner.config import LearnerConfig, ModelConfig
 from learner.errors import CheckpointError
 from learner.learner import Learner
@@ -98,7 +98,7 @@ def test_saving_the_same_step_again_replaces_it(model_directory: Path, tmp_path:
     assert read_checkpoint(path).extra == {"try": 2}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER_FILE, "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/__0_0.distcp", "optimizer/.metadata", "config.json"])
 def test_a_truncated_file_is_named_with_the_checkpoint_to_use(two_checkpoints: Path, name: str) -> None:
     path = two_checkpoints / "step-000002"
     file = path / name

@@ -96,13 +96,13 @@ def test_a_reference_that_was_reset_comes_back_with_the_checkpoint(model_directo
     for _ in range(3):
         train_step(learner, make_groups(3, seed=int(rng.integers(1000)), version=learner.version))
     path = learner.save(tmp_path)
-    backend = learner._loaded()
+    backend = learner._loaded().backend
     state = backend.reference_state()
     now = dict(backend.named_tensors())
     assert any(not torch.equal(state[name], now[name]) for name in state), "two updates, then one more"
     resumed = make_learner(model_directory, **settings)
     resumed.restore(path)
-    for name, tensor in resumed._loaded().reference_state().items():
+    for name, tensor in resumed._loaded().backend.reference_state().items():
         assert torch.equal(tensor, state[name])
     without = make_learner(model_directory)
     with pytest.raises(CheckpointError, match=r"learner\.kl_coef=0 uses none"):

@@ -61,7 +61,12 @@ def test_streaming_changes_no_result(model_directory: Path, aggregation: str) ->
         result, backend = run_step(model_directory, shuffled, flush, aggregation=aggregation, pass_tokens=pass_tokens)
         assert_same_gradient(backend, reference)
         assert result.metrics["passes"] > whole.metrics["passes"]
-        for name in whole.metrics.keys() - {"passes"}:
+        for name in whole.metrics.keys() - {
+            "passes",
+            "packing/padding",
+            "packing/imbalance",
+            "packing/prefix_saved",
+        }:  # how it was done
             assert result.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5, abs=1e-6), name
 
 
@@ -140,7 +145,7 @@ def test_a_bad_trajectory_skips_the_step(model_directory: Path) -> None:
     groups[0].trajectories[0].logprobs[:] = np.nan
     result, backend = run_step(model_directory, [groups])
     assert not result.applied
-    assert result.bad_samples == ["g0/g0-0"]
+    assert result.bad_samples == ["g0/g0-0 tokens 3 to 23"]
     assert backend.updates == 0
     assert result.metrics["tokens/trained"] == 0
     assert result.metrics["tokens/masked"] == sum(group.sampled_tokens for group in groups)
@@ -184,3 +189,16 @@ def test_a_constant_length_divides_by_trajectories_and_that_length(model_directo
     scale = sum(t.sampled_tokens for t in trained) / (50 * len(trained))
     for name, gradient in constant.gradient.items():
         torch.testing.assert_close(gradient, token.gradient[name] * scale, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_trajectory(model_directory: Path) -> None:
+    """The loss is finite, the gradient overflows."""
+    groups = make_groups(3)
+    culprit = groups[1].trajectories[2]
+    culprit.logprobs[np.flatnonzero(culprit.trainable)[1]] = -88.0
+    settings = {"correction": "none", "surrogate": "plain", "pass_tokens": 100}
+    result, backend = run_step(model_directory, [groups], **settings)
+    assert not result.applied
+    assert [found.split(" tokens ")[0] for found in result.bad_samples] == ["g1/g1-2"]
+    assert backend.updates == 0
+    assert all(parameter.grad is None for parameter in backend._parameters.values())

@@ -81,7 +81,7 @@ def test_bad_episodes_do_not_end_a_run_and_a_damaged_checkpoint_has_a_way_back(
     assert {"loop_fault", "loop_timeout"} <= set(summary["episodes"])
     assert not list((run / "logs").glob("reward-*"))
 
-    newest = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    newest = run / "checkpoints" / "step-000006" / "optimizer" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:1000])
     refused = MillraceProcess("resume", str(run), "run.steps=8", directory=run)
     assert refused.wait(60) == 1

@@ -229,7 +229,7 @@ def test_an_engine_that_is_no_member_is_refused() -> None:
 def test_a_flipped_byte_in_a_broadcast_is_noticed_when_checksums_are_taken() -> None:
     sender = CollectiveSender(bucket_bytes=BUCKET_BYTES, timeout_s=10.0, checksums=True)
     offer = sender.prepare(1, make_weights(1), ["e0"])
-    sender._flat[100] ^= 1
+    sender._buckets[0][100] ^= 1
     errors: list[str] = []
 
     def fetch() -> None:
@@ -244,7 +244,7 @@ def test_a_flipped_byte_in_a_broadcast_is_noticed_when_checksums_are_taken() -> 
         sender.send()
     thread.join(10)
     assert len(errors) == 1
-    assert "bucket 0" in errors[0]
+    assert "tensor model.embed_tokens.weight" in errors[0]
     assert "checksum" in errors[0]
     sender.close()
 
@@ -306,7 +306,7 @@ def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
     with open(path_of(offer), "r+b") as file:
         file.seek(shared_memory.HEADER_BYTES + 100)
         file.write(b"\xff\xff\xff\xff")
-    with pytest.raises(WeightTransferError, match=r"version 1, bucket 0 of .* checksum"):
+    with pytest.raises(WeightTransferError, match=r"version 1, tensor model.embed_tokens.weight: checksum"):
         SharedMemoryReceiver().fetch(offer, lambda name, tensor: None)
     sender.close()
 

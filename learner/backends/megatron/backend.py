@@ -40,6 +40,7 @@ from learner.config import LearnerConfig
 from learner.errors import CheckpointError, ModelError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class MegatronBackend:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.updates = 0
+        self.sharing: Sharing | None = None
+        self._moments = () if config.optimizer == "sgd" else MOMENTS
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._hugging_face = read_config(path)
@@ -176,6 +179,9 @@ class MegatronBackend:
             self._move_reference()
         return norm
 
+    def gradient_is_finite(self) -> bool:
+        return self._optimizer.gradient_is_finite()
+
     def discard_gradient(self) -> None:
         self._optimizer.discard_gradient()
 
@@ -201,19 +207,29 @@ class MegatronBackend:
         gathered = self._exchange.gather(self._optimizer.weight, dtype)
         yield from fused(gathered, self._architecture.experts)
 
+    def master_weights(self) -> Named:
+        """Whole, each on the first rank alone."""
+        keep = dist.get_rank() == 0
+        for name, tensor in self._weights(torch.float32):
+            if keep:
+                yield name, tensor
+
+    def save_config(self, directory: Path) -> None:
+        self._hugging_face.dtype = torch.float32
+        self._hugging_face.save_pretrained(directory)
+
     def save_model(self, directory: Path) -> None:
         keep = dist.get_rank() == 0
         if keep:
-            self._hugging_face.dtype = torch.float32
-            self._hugging_face.save_pretrained(directory)
+            self.save_config(directory)
         write_weights(directory, self._exchange.gather(self._optimizer.weight, torch.float32), keep=keep)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """On the first rank; the others help to gather it and return nothing."""
         state: dict[str, torch.Tensor] = {}
-        if not self.updates:
+        if not self.updates or not self._moments:
             return state
-        for kind in MOMENTS:
+        for kind in self._moments:
             take = partial(self._optimizer.moment, kind=kind)
             for name, value in fused(self._exchange.gather(take, torch.float32), self._architecture.experts):
                 if dist.get_rank() == 0:
@@ -222,15 +238,15 @@ class MegatronBackend:
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         names = fused_names(self._exchange.slots)
-        expected = {f"{kind}/{name}" for kind in MOMENTS for name in names} if updates else set()
+        expected = {f"{kind}/{name}" for kind in self._moments for name in names} if updates else set()
         if expected != state.keys():
             strange = sorted(expected ^ state.keys())[:3]
             raise CheckpointError(f"the optimizer state is not this model's: {', '.join(strange)} do not match")
         self.updates = updates
         self._optimizer.clear_state()
-        if not updates:
+        if not updates or not self._moments:
             return
-        finders = {kind: unfused(_below(state, f"{kind}/")) for kind in MOMENTS}
+        finders = {kind: unfused(_below(state, f"{kind}/")) for kind in self._moments}
         for slot, parameter in self._exchange.local():
             try:
                 moments = {kind: self._exchange.scatter(slot, find) for kind, find in finders.items()}

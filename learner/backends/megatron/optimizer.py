@@ -1,4 +1,4 @@
-"""AdamW over a Megatron-Core model: gradients summed over all ranks, divided once, skipped by all ranks alike."""
+"""AdamW (or plain SGD) over a Megatron-Core model: gradients summed over all ranks, divided once, skipped by all ranks alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class ModelOptimizer:
         with cuda_tensor_types():
             self._optimizer: Any = get_megatron_optimizer(
                 OptimizerConfig(
-                    optimizer="adam",
+                    optimizer="sgd" if config.optimizer == "sgd" else "adam",
+                    sgd_momentum=0.0,
                     lr=config.lr,
                     min_lr=0.0,
                     weight_decay=config.weight_decay,
@@ -76,6 +77,16 @@ class ModelOptimizer:
         self._optimizer.step_with_ready_grads()
         self.discard_gradient()
         return norm
+
+    def gradient_is_finite(self) -> bool:
+        """Whether the gradients of all ranks so far are; all of them ask together."""
+        bad = torch.zeros((), device=next(self.model.parameters()).device)
+        for parameter in self.model.parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None:
+                bad += (~torch.isfinite(gradient)).any()
+        dist.all_reduce(bad)
+        return float(bad) == 0.0
 
     # One parameter at a time: what the optimizer holds of it, whole on this rank
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.backends.batch_loss import batch_loss
 from learner.backends.frozen import FrozenModel
 from learner.backends.megatron.logprobs import parallel_token_logprobs
 from learner.backends.megatron.model import RotaryTable
@@ -17,9 +17,8 @@ from learner.backends.megatron.parallel import Ranks
 from learner.backends.protocol import PassResult
 from learner.batching import MicroBatch
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.regularisers import distillation_loss
-from learner.objectives.sums import TokenSums, sum_tokens
+from learner.objectives.sums import TokenSums
 
 Judge = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
 """Logits of a micro-batch's loss positions on the last stage to a loss to be summed, and what is to be known of it."""
@@ -105,28 +104,20 @@ class Loss:
         if not batch.normaliser:
             return _no_loss(logits), PassResult(TokenSums())
         logp, entropies = self.statistics(batch, logits, entropy_gradient=objective.entropy_coef > 0)
-        tokens = TokenInputs(
+        reference = self._reference if objective.kl_coef > 0 else None
+        loss, result = batch_loss(
+            batch,
             logp,
-            batch.behaviour,
-            batch.advantages,
-            batch.lags,
-            batch.sample_of,
             entropies,
-            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            objective,
+            reference=None if reference is None else reference.logprobs(batch),
             distillation=self._distillation(batch, logits, objective),
-            stays=batch.stays,
         )
-        terms = policy_loss(tokens, objective)
-        loss = (terms.loss * batch.weights).sum()
-        if not math.isfinite(float(loss.detach())):
-            return _no_loss(logits), PassResult(TokenSums(), batch.samples_at(~torch.isfinite(terms.loss.detach())))
-        sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
-        sums.normaliser = batch.normaliser
-        return loss, PassResult(sums)
+        return _no_loss(logits) if loss is None else loss, result
 
     def _distillation(self, batch: MicroBatch, logits: Tensor, objective: ObjectiveConfig) -> Tensor | None:
         """The distance to the teacher needs whole rows of logits: [n, vocabulary] on every tensor-parallel rank."""
-        if self._teacher is None:
+        if self._teacher is None or objective.distill_coef == 0:
             return None
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
