@@ -10,6 +10,7 @@ import threading
 import click
 
 BENCHMARKS = {
+    "checkpoint": "benchmarks.checkpoint:checkpoint",
     "control-plane": "benchmarks.control_plane.command:control_plane",
     "engine": "benchmarks.engine:engine",
     "fleet": "benchmarks.fleet.command:fleet",

@@ -18,6 +18,7 @@ from orchestrator.accounting.command import trace_command
 from orchestrator.announce import Announcer
 from orchestrator.composition import packaged_names
 from orchestrator.config import Config, ConfigError, load, to_yaml
+from orchestrator.export_command import export_command
 from orchestrator.model_files import check_model
 from orchestrator.report.command import report_command
 from orchestrator.run_directory import RunDirectory, RunDirectoryError
@@ -238,6 +239,7 @@ def evaluate(run: str, step: int | None, tasks: int | None) -> None:
         click.echo(f"  difficulty {name}: {part['success']:.3f} of {part['n']}")
 
 
+main.add_command(export_command)
 main.add_command(scale_command)
 main.add_command(show_command)
 main.add_command(trace_command)

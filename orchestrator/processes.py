@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from experience.workload_trace import TraceHeader
 from orchestrator.actor_shell import Identity, logged
@@ -144,6 +146,7 @@ class Processes:
         if learner.backend == "synthetic" or (learner.ranks == 1 and learner.backend != "megatron"):
             return ()
         threads = max(1, resources.learner_threads // learner.ranks)
+        group = placement_group([_bundle(resources.learner_gpus)] * learner.ranks, strategy="PACK")
         return tuple(
             self._actor(
                 RankActor,
@@ -160,6 +163,7 @@ class Processes:
                     self.config.seed,
                     learner.rank_timeout_s,
                 ),
+                strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             )
             for rank in range(learner.ranks)
         )
@@ -187,13 +191,17 @@ class Processes:
         self, kind: type, role: str, index: int | str, attempt: int, gpus: float, *arguments: Any, strategy: Any = None
     ) -> Any:
         remote = ray.remote(logged(kind))
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}
-        if strategy is not None:
-            options["scheduling_strategy"] = strategy
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}
+        options["scheduling_strategy"] = strategy or "DEFAULT"
         identity = Identity(
             str(self.run.path), f"{role}-{index}", self.attempt_base + attempt, attempt > 0, self.secrets
         )
         return remote.options(**options).remote(identity, *arguments)
+
+
+def _bundle(gpus: float) -> dict[str, float]:
+    """What a rank reserves. Processes share the cores, so without GPUs a bundle is next to nothing, but not empty."""
+    return {"GPU": gpus} if gpus else {"CPU": 0.001}
 
 
 def engine_name(index: int, attempt: int) -> str:

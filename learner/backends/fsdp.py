@@ -76,7 +76,7 @@ class FsdpBackend:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "architecture": type(self._model).__name__,
+            "architecture": type(self._model).__name__.removeprefix("FSDP"),
             "parameters": sum(p.numel() for p in self._parameters.values()),
             "device": str(self.device),
             "dtype": str(self._dtype).removeprefix("torch."),

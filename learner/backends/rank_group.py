@@ -62,7 +62,7 @@ class RankGroup:
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""
         if not self._facts:
-            address = self._answers([self._ranks[0].address.remote()], "address")[0]
+            address = self._answers([self._ranks[0].address.remote()], "start (has each rank its GPU?)")[0]
             self._all("join", address)
         self._facts = self._all("load", str(path), None if initial is None else str(initial))[0]
         self.on_cpu = self._facts["device"] == "cpu"

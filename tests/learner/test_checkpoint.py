@@ -1,6 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +16,7 @@ from learner_fixtures import make_groups, make_learner, train_step
 
 from learner.checkpoint import STATE_FILE, all_checkpoints, latest, read_checkpoint
 from learner.config import LearnerConfig, ModelConfig
-from learner.errors import CheckpointError
+from learner.errors import CheckpointError, LearnerError
 from learner.learner import Learner
 
 
@@ -153,3 +160,95 @@ def test_state_that_is_not_json_is_a_clear_error_and_leaves_no_checkpoint(
     with pytest.raises(CheckpointError, match="cannot write checkpoint"):
         make_learner(model_directory).save(tmp_path, {"handle": object()})
     assert latest(tmp_path) is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(model_directory: Path, tmp_path: Path) -> None:
+    """What is written is what was there when it began, whatever happens to the weights meanwhile."""
+    learner = make_learner(model_directory, lr=1e-2)
+    train_step(learner, make_groups(3))
+    at_begin = {name: tensor.clone() for name, tensor in learner.named_tensors()}
+    learner.begin_save(tmp_path, {"cursor": 1})
+    with pytest.raises(LearnerError, match="is still being written: call finish_save first"):
+        learner.begin_save(tmp_path)
+    train_step(learner, make_groups(3, seed=1, version=1))
+    path = learner.finish_save()
+    assert path.name == "step-000001"
+    copy = resumed(path)
+    assert copy.version == 1
+    for name, tensor in copy.named_tensors():
+        assert torch.equal(tensor, at_begin[name]), name
+    assert any(not torch.equal(tensor, at_begin[name]) for name, tensor in learner.named_tensors())
+
+
+@contextmanager
+def full_disk(nbytes: int) -> Iterator[None]:
+    """Files cannot grow beyond ``nbytes``, as on a disk without room (the error is another one of the same kind)."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+@pytest.mark.parametrize("share", [0.05, 1.3])
+def test_a_full_disk_is_a_clear_error_and_leaves_the_checkpoint_before(two_checkpoints: Path, share: float) -> None:
+    """With room for a part of the weights, and for the weights but not for the optimizer."""
+    learner = resumed(two_checkpoints / "step-000002")
+    train_step(learner, make_groups(3, seed=5, version=2))
+    nbytes = int((two_checkpoints / "step-000002" / "model.safetensors").stat().st_size * share)
+    with full_disk(nbytes), pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*; free space there"):
+        learner.save(two_checkpoints)
+    assert {path.name for path in two_checkpoints.iterdir()} == {"step-000001", "step-000002"}
+    assert latest(two_checkpoints) == two_checkpoints / "step-000002"
+    assert train_step(learner, make_groups(3, seed=6, version=3))["updates"] == 4
+    assert learner.save(two_checkpoints).name == "step-000004"
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+import learner.backends.checkpoint_files as files
+from learner_fixtures import make_groups, make_learner, train_step
+
+learner = make_learner(Path(sys.argv[1]))
+learner.save(sys.argv[2])
+train_step(learner, make_groups(3))
+files._tidy = lambda directory: os._exit(9)  # all tensors are written, the checkpoint is not whole
+learner.save(sys.argv[2])
+"""
+
+
+def test_a_crash_in_the_middle_leaves_the_checkpoint_before(model_directory: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(model_directory), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 9
+    assert (tmp_path / "step-000001.writing" / "optimizer").is_dir()
+    path = latest(tmp_path)
+    assert path is not None
+    assert path.name == "step-000000"
+    learner = resumed(path)
+    train_step(learner, make_groups(3))
+    assert learner.save(tmp_path).name == "step-000001"
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_large_models_are_written_to_several_files(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("learner.backends.checkpoint_files.FILE_BYTES", 20_000)
+    learner = make_learner(model_directory)
+    path = learner.save(tmp_path)
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(path)
+    published = dict(resumed(path).named_tensors())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, published[name]), name

@@ -69,7 +69,7 @@ class MillraceProcess:
 
     def kill(self, role: str) -> int:
         """kill -9 the actor of a role; returns its process id."""
-        title = f"ray::{ACTORS[role]}"
+        title = f"ray::{ {**ACTORS, 'rank': 'RankActor'}[role] }"
         children = psutil.Process(self._process.pid).children(recursive=True)
         found = [process for process in children if title in command_line(process)]
         assert found, f"no process of {title}"
