@@ -98,8 +98,6 @@ class LearnerConfig(ObjectiveConfig):
         self.megatron.validate(self.ranks)
         if self.cpu_offload:
             raise ValueError("learner.cpu_offload=true is for learner.backend=fsdp; megatron has distributed_optimizer")
-        if self.prefix_sharing == "on":
-            raise ValueError("learner.prefix_sharing=on is for learner.backend=fsdp: leave it auto, or say off")
 
     @property
     def sharing(self) -> Sharing | None:

@@ -117,6 +117,7 @@ class PipelinedBackend(Protocol):
     """A backend that gains from being given all passes of a call at once."""
 
     device: torch.device
+    sharing: Sharing | None
 
     def forward_backward_all(self, batches: Sequence[MicroBatch | None], objective: ObjectiveConfig) -> PassResult:
         """`TrainingBackend.forward_backward` of each batch; None is a pass that adds nothing (`idle_pass`)."""

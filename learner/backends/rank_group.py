@@ -51,6 +51,11 @@ class RankGroup:
 
     @property
     def width(self) -> int:
+        """Bins under way at once: one for every stage of every data-parallel place's pipeline."""
+        return self._places * int(self._facts.get("pipeline_parallel", 1))
+
+    @property
+    def _places(self) -> int:
         """Data-parallel ranks."""
         return int(self._facts.get("data_parallel", len(self._ranks)))
 
@@ -129,8 +134,8 @@ class RankGroup:
     # Calls
 
     def _shared(self, bins: Sequence[Bin]) -> list[list[Bin]]:
-        """Bin i goes to data-parallel rank i modulo ``width``; all get equally many, with empty ones at the end."""
-        width = self.width
+        """Bin i goes to data-parallel place i modulo their number; all get equally many, with empty ones at the end."""
+        width = self._places
         rounds = -(-len(bins) // width)
         padded = [*bins, *([] for _ in range(rounds * width - len(bins)))]
         return [list(padded[rank::width]) for rank in range(width)]
@@ -142,7 +147,7 @@ class RankGroup:
     def _distinct(self, results: list[Any]) -> list[Any]:
         """The results of one rank for each data-parallel place: the last, which has what a pipeline computes."""
         by_place = dict(zip(self._facts["places"], results, strict=True))
-        return [by_place[place] for place in range(self.width)]
+        return [by_place[place] for place in range(self._places)]
 
     def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         return self._told(method, [args] * len(self._ranks), timeout_s)

@@ -168,7 +168,9 @@ def train_bins(backend: TrainingBackend, bins: Sequence[Bin], objective: Objecti
     """One pass for each bin: one after another, or together where the backend is a pipeline."""
     if isinstance(backend, PipelinedBackend):
         batches = [
-            collate(samples, objective.aggregation, backend.device, objective.constant_length) if samples else None
+            collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
+            if samples
+            else None
             for samples in bins
         ]
         return backend.forward_backward_all(batches, objective)

@@ -67,7 +67,6 @@ class MegatronBackend:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.updates = 0
-        self.sharing: Sharing | None = None
         self._moments = () if config.optimizer == "sgd" else MOMENTS
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -102,6 +101,7 @@ class MegatronBackend:
                 self._load_weights(files, self._optimizer.set_weight)
         rotary = RotaryTable(self._hugging_face, self.device)
         divided = is_sequence_parallel(model, ranks)
+        self.sharing: Sharing | None = None if divided else self._config.sharing
         self._pipeline = Pipeline(self._optimizer.model, stage, ranks, rotary, divided_tokens=divided)
 
     def _load_weights(self, files: WeightFiles, put: Any) -> None:
@@ -114,15 +114,18 @@ class MegatronBackend:
     def _make_frozen(self, path: str | Path, initial: str | Path | None) -> None:
         config, vocabulary = self._config, self._architecture.vocabulary
         self._reference: FrozenModel | None = None
-        self._reference_moved = False
         self._teacher: FrozenModel | None = None
         if not self._ranks.last_stage:
             return
-        if config.kl_coef > 0:
+        if self._has_reference:
             place = config.reference or initial or path
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         if config.teacher is not None:
             self._teacher = FrozenModel("learner.teacher", config.teacher, self.device, vocabulary)
+
+    @property
+    def _has_reference(self) -> bool:
+        return self._config.kl_coef > 0 and self._config.kl_place == "loss"
 
     def describe(self) -> dict[str, Any]:
         sizes = self._ranks.sizes
@@ -137,6 +140,7 @@ class MegatronBackend:
             "expert_parallel": sizes.expert,
             "data_parallel": sizes.data,
             "places": self._places,
+            "shares_prefixes": self.sharing is not None,
         }
 
     # Passes
@@ -188,13 +192,12 @@ class MegatronBackend:
     def _move_reference(self) -> None:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
         every = self._config.reference_reset_every
-        if self._config.kl_coef > 0 and every and self.updates % every == 0:
+        if self._has_reference and every and self.updates % every == 0:
             weights = self._weights(torch.float32)
             if self._reference is not None:
                 self._reference.take(weights)
             else:
                 _exhaust(weights)
-            self._reference_moved = True
             logger.info("the reference policy is that of update %d", self.updates)
 
     # Weights and state by Hugging Face name
@@ -225,15 +228,16 @@ class MegatronBackend:
         write_weights(directory, self._exchange.gather(self._optimizer.weight, torch.float32), keep=keep)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """On the first rank; the others help to gather it and return nothing."""
+        """Each rank has some of the tensors, whole; together they have all."""
         state: dict[str, torch.Tensor] = {}
-        if not self.updates or not self._moments:
+        if not self.updates:
             return state
         for kind in self._moments:
             take = partial(self._optimizer.moment, kind=kind)
-            for name, value in fused(self._exchange.gather(take, torch.float32), self._architecture.experts):
-                if dist.get_rank() == 0:
-                    state[f"{kind}/{name}"] = value.cpu().clone()
+            gathered = fused(self._exchange.gather(take, torch.float32), self._architecture.experts)
+            for index, (name, value) in enumerate(gathered):
+                if index % dist.get_world_size() == dist.get_rank():
+                    state[f"{kind}/{name}"] = value
         return state
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
@@ -255,29 +259,14 @@ class MegatronBackend:
             self._optimizer.set_state(parameter, moments, updates)
 
     def reference_state(self) -> dict[str, torch.Tensor]:
-        """On the first rank, as `optimizer_state`."""
-        if not self._reference_moved:
-            return {}
-        mine = {} if self._reference is None else self._reference.named_tensors()
-        if self._ranks.last_stage and self._ranks.first_stage:
-            return mine
-        names: list[Any] = [[(name, tensor.shape) for name, tensor in mine.items()]]
-        last = self._ranks.sizes.pipeline - 1
-        dist.broadcast_object_list(names, group_src=last, group=self._ranks.pipeline_group)
-        found: dict[str, torch.Tensor] = {}
-        for name, shape in names[0]:
-            tensor = mine[name].to(self.device) if mine else torch.empty(shape, device=self.device)
-            self._ranks.from_stage(tensor, last)
-            if dist.get_rank() == 0:
-                found[name] = tensor.cpu()
-        return found
+        """On the ranks of the last stage, which have a reference policy."""
+        return self._reference.named_tensors() if self._reference is not None and self._reference.updates else {}
 
     def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
-        if self._config.kl_coef <= 0:
+        if not self._has_reference:
             raise CheckpointError("the checkpoint has a reference policy, and learner.kl_coef=0 uses none")
         if self._reference is not None:
             self._reference.take(state.items())
-        self._reference_moved = True
 
 
 def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

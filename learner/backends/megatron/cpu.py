@@ -44,6 +44,8 @@ def make_cpu_ready() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda *_, **__: None
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
     cuda.Stream = cuda.current_stream = _Stream
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -60,12 +60,12 @@ class Pipeline:
         batch = next(batches)
         padding = -batch.inputs.shape[1] % self._ranks.sizes.tensor if self._divided_tokens else 0
         inputs = torch.nn.functional.pad(batch.inputs, (0, padding)) if padding else batch.inputs
-        self._positions = batch.positions
+        self._positions = batch.asked.positions
         output = model(inputs, None, None, packed_seq_params=self._rotary.packed(batch, padding))
         return output, partial(self._judged, judge, batch)
 
     def _judged(self, judge: Judge, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        logits = output[0].index_select(0, batch.positions) if self._divided_tokens else output[0]
+        logits = output[0].index_select(0, batch.asked.positions) if self._divided_tokens else output[0]
         loss, told = judge(batch, logits)
         # The schedule divides by this count; sums stay sums.
         return loss, torch.tensor(1, dtype=torch.int), told
@@ -87,14 +87,16 @@ class Loss:
 
     def statistics(self, batch: MicroBatch, logits: Tensor, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the batch's targets."""
-        return parallel_token_logprobs(
+        asked = batch.asked
+        logp, entropies = parallel_token_logprobs(
             logits,
-            batch.targets,
-            batch.inverse_temperatures,
+            asked.targets,
+            asked.inverse_temperatures,
             self._ranks.tensor_group,
             self._vocabulary,
             entropy_gradient=entropy_gradient,
         )
+        return batch.spread(logp), batch.spread(entropies)
 
     def logprobs(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
         found = self.statistics(batch, logits)[0]
@@ -122,8 +124,10 @@ class Loss:
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
         whole = gather_from_tensor_model_parallel_region(logits)[:, : self._vocabulary]
-        inverse = batch.inverse_temperatures[:, None]
-        return distillation_loss(whole * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        inverse = batch.asked.inverse_temperatures[:, None]
+        return batch.spread(
+            distillation_loss(whole * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        )
 
 
 def _no_loss(logits: Tensor) -> Tensor:

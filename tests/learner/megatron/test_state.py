@@ -55,9 +55,9 @@ def test_checkpoints_move_from_and_to_the_plain_backend(
 
 
 def test_the_state_of_another_model_is_refused(two: Ranks, models: dict[str, Path]) -> None:
-    learner = two.learner(models["qwen2"], tensor_parallel=2)
+    two.learner(models["qwen2"], tensor_parallel=2)
     with pytest.raises(CheckpointError, match="the optimizer state is not this model's"):
-        learner._loaded().load_optimizer_state({"exp_avg/strange": torch.zeros(1)}, 1)
+        two.do(lambda backend: backend.load_optimizer_state({"exp_avg/strange": torch.zeros(1)}, 1))
 
 
 @pytest.mark.parametrize("division", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}])
@@ -139,6 +139,7 @@ def test_a_bad_gradient_of_one_rank_is_skipped_by_all(
     before = dict(learner.named_tensors())
     learner.begin_step()
     two.do(partial(spoil, rank=1))
+    assert two.do(lambda backend: backend.gradient_is_finite()) == [False, False]
     assert learner._loaded().step(10.0) is None
     assert two.do(lambda backend: backend.updates) == [0, 0]
     for name, tensor in learner.named_tensors():
