@@ -17,6 +17,7 @@ BENCHMARKS = {
     "learn": "benchmarks.learn:learn",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
+    "prefix-tree": "benchmarks.prefix_tree:prefix_tree",
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
