@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from learner_fixtures import make_groups, make_learner, train_step
+from learner_fixtures import make_groups, make_learner, train_step, with_prompts
 
 from learner.backends.rank_actor import RankActor, RankSettings
 from learner.backends.rank_group import RankGroup, imbalance
@@ -55,6 +55,17 @@ def test_ranks_train_as_one(cluster: None, model_directory: Path, world: int) ->
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_ranks_share_prefixes_too(cluster: None, model_directory: Path) -> None:
+    alone = make_learner(model_directory, lr=1e-3, prefix_sharing="off")
+    ranked = make_ranked(model_directory, 2, lr=1e-3, prefix_sharing="on")
+    for step in range(3):
+        groups = with_prompts(make_groups(5, seed=step, version=alone.version))
+        expected, found = train_step(alone, groups), train_step(ranked, groups)
+        for name in ("loss", "grad_norm", "entropy", "tokens/trained", "ratio/mean"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), (step, name)
+        assert found["packing/prefix_saved"] > 0.3
 
 
 def test_checkpoints_move_between_numbers_of_ranks(cluster: None, model_directory: Path, tmp_path: Path) -> None:
