@@ -19,6 +19,7 @@ BENCHMARKS = {
     "packing": "benchmarks.packing:packing",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
+    "prefix-tree": "benchmarks.prefix_tree:prefix_tree",
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
