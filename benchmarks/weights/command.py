@@ -51,7 +51,7 @@ def weights(
     if "delta" in wanted:
         results["delta"] = measure_changes(ChangesPlan(steps=delta_steps, lr=lr))
     if "kill" in wanted:
-        results["kill"] = measure_kills(mb / 4)
+        results["kill"] = measure_kills(max(64.0, mb / 4))
     if "stall" in wanted:
         results["stall"] = [measure_stall(transport, updates) for transport in ("shared_memory", "collective")]
     settings = {"mb": mb, "repeats": repeats, "bucket_mb": bucket_mb, "delta_steps": delta_steps, "lr": lr}
