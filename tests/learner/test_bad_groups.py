@@ -99,4 +99,4 @@ def test_a_gradient_that_is_not_finite_skips_the_step(model_directory: Path, cap
     assert (metrics["step/skipped"], metrics["updates"], learner.version) == (1, 0, 1)
     assert "grad_norm" not in metrics
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(learner).items())
-    assert "step 0 skipped" in caplog.text
+    assert "step 0 skipped: loss or gradient is not finite (the gradient of g0, g1, as a whole)" in caplog.text
