@@ -208,11 +208,15 @@ class StreamingStep:
             return True
         norm = self._ranks.step(normaliser)
         if norm is None:
-            self._bad = self._culprits() or ([f"the gradient of update {index} as a whole"] if index else [])
+            self._bad = self._culprits() or [f"the gradient of {self._named_groups()}, as a whole"]
             return False
         self._norms.append(norm)
         self._rounds.clear()
         return True
+
+    def _named_groups(self, count: int = 8) -> str:
+        names = [group.group_id for group in self._groups if group.has_signal] or [g.group_id for g in self._groups]
+        return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
     def _take(self, group: Group) -> None:
         made = make_samples(group, self._version, self._settings.max_lag, self._settings.objective.advantage)
