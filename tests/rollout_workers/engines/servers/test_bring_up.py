@@ -13,7 +13,7 @@ import pytest
 from server_helpers import all_gone, lines_of
 from tiny_adapter import PROGRAM, TinyAdapter
 
-from rollout_workers.engines.servers.adapter import Launch
+from rollout_workers.engines.servers.adapter import Call, Launch
 from rollout_workers.engines.servers.bring_up import ServerTimes, join_server, start_server
 from rollout_workers.engines.servers.errors import EnvironmentUnfit, ServerNotStarted
 from rollout_workers.engines.servers.process import free_port
@@ -107,8 +107,38 @@ async def test_a_server_that_runs_already_is_joined_and_left_running(tmp_path: P
 async def test_a_server_that_is_not_there_is_named() -> None:
     times = ServerTimes(startup_timeout_s=0.5, request_timeout_s=5.0)
     url = f"http://{HOST}:{free_port(HOST)}"
-    with pytest.raises(ServerNotStarted, match=f"tiny at {url} was not ready within 0.5 s"):
+    with pytest.raises(
+        ServerNotStarted, match=rf"tiny at {url} was not ready within 0\.5 s .*; check engines\.tiny\.urls"
+    ):
         await join_server(TinyAdapter(), url, 64, times)
+
+
+class OddAdapter(TinyAdapter):
+    """Of a server that has some of the tiny one's calls only."""
+
+    def __init__(self, **paths: str) -> None:
+        super().__init__()
+        self._paths = paths
+
+    def ready(self) -> Call:
+        return Call("GET", self._paths.get("ready", "/ready"))
+
+    def identity(self) -> Call:
+        return Call("GET", self._paths.get("identity", "/identity"))
+
+
+@pytest.mark.parametrize("missing", ["ready", "identity"])
+async def test_a_url_of_something_else_is_refused_at_once(tmp_path: Path, missing: str) -> None:
+    owned = await start_server(TinyAdapter(), launch_at, tmp_path / "log", TIMES)
+    times = ServerTimes(startup_timeout_s=120.0, request_timeout_s=60.0)
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(
+                ServerNotStarted, match=r"is no tiny server .*/nowhere answered 404.*engines\.tiny\.urls"
+            ):
+                await join_server(OddAdapter(**{missing: "/nowhere"}), owned.connection.url, 64, times)
+    finally:
+        await owned.close()
 
 
 async def test_giving_up_the_start_ends_the_process(tmp_path: Path) -> None:
