@@ -18,7 +18,7 @@ from rollout_workers.engines.servers.bring_up import ServerTimes, join_server, s
 from rollout_workers.engines.servers.errors import EnvironmentUnfit, ServerNotStarted
 from rollout_workers.engines.servers.process import free_port
 
-TIMES = ServerTimes(startup_timeout_s=20.0, request_timeout_s=5.0)
+TIMES = ServerTimes(startup_timeout_s=60.0, request_timeout_s=20.0)
 HOST = "127.0.0.1"
 
 
@@ -58,13 +58,13 @@ async def test_one_that_does_not_start_is_explained_with_its_log(tmp_path: Path)
     assert rest[0] == f"the last lines of {tmp_path / 'log'}:"
     assert rest[1] == "  loading"
     assert rest[-1] == "  MemoryError: KV cache does not fit"
-    assert time.monotonic() - began_at < 10
+    assert time.monotonic() - began_at < 30
 
 
 async def test_one_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "import time; print('thinking', flush=True); time.sleep(600)"]
-    times = ServerTimes(startup_timeout_s=1.0, request_timeout_s=5.0)
-    with pytest.raises(ServerNotStarted, match=r"was not ready within 1 s \(.*Connect.*\)") as caught:
+    program = ["sh", "-c", "echo thinking; exec sleep 600"]
+    times = ServerTimes(startup_timeout_s=2.0, request_timeout_s=5.0)
+    with pytest.raises(ServerNotStarted, match=r"was not ready within 2 s \(.*Connect.*\)") as caught:
         await start_server(TinyAdapter(program), launch_at, tmp_path / "log", times)
     assert "  thinking" in str(caught.value)
 
