@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -148,7 +149,8 @@ class TerminalProcess:
     def close(self) -> None:
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             self.process.kill()
         self.process.wait(30)
         self._reader.join(10)
