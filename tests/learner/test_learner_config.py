@@ -31,6 +31,7 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
         ("clip_low", 1.5, "learner.clip_low=1.5"),
         ("betas", [0.9], "learner.betas="),
         ("threads", 0, "learner.threads=0"),
+        ("optimizer", "lion", "learner.optimizer='lion' is unknown: use one of adamw, sgd"),
         ("clip_grad", -1.0, "learner.clip_grad=-1.0 must not be negative"),
     ],
 )

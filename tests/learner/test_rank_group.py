@@ -222,3 +222,13 @@ def test_a_rank_that_hangs_is_given_up(cluster: None, model_directory: Path) -> 
     with pytest.raises(LearnerError, match=r"discard_gradient: no answer from rank 1 of the learner in 1 s"):
         group.discard_gradient()
     os.kill(second, signal.SIGKILL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_ranks_on_gpus_train_as_one_on_a_cpu(cluster: None, model_directory: Path, cpu_offload: bool) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    settings: dict[str, Any] = {"lr": 1e-3, "device": "cuda", "cpu_offload": cpu_offload}
+    ranked = learner_on(make_group(2, **settings), model_directory, **settings)
+    assert_same_steps(make_learner(model_directory, lr=1e-3), ranked, 3, rel=1e-3)
