@@ -96,6 +96,11 @@ class LearnerConfig(ObjectiveConfig):
                 )
             return
         self.megatron.validate(self.ranks)
+        if self.megatron.distributed_optimizer and self.optimizer == "sgd":
+            raise ValueError(
+                "learner.megatron.distributed_optimizer=true divides the state of adamw, and learner.optimizer=sgd has none: leave "
+                "it false"
+            )
         if self.cpu_offload:
             raise ValueError("learner.cpu_offload=true is for learner.backend=fsdp; megatron has distributed_optimizer")
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from learner.attention import RaggedLayout, ragged_attention
 from learner.fused import rms_norm
+from learner.tree_attention import TreeLayout
 
 
 @dataclass
 class Packed:
     """What every layer needs to know of a micro-batch of T tokens. Megatron-Core hands it down as ``packed_seq_params``."""
 
-    layout: RaggedLayout
+    layout: RaggedLayout | TreeLayout
     cosines: Tensor
     """Float32 [T, 1, head width]: of each token's place in its own sequence."""
     sines: Tensor

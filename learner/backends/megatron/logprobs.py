@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from learner.objectives.token_statistics import token_logprobs
+from learner.objectives.token_statistics import CHUNK_ELEMENTS, token_logprobs
 
 
 class _Parallel(torch.autograd.Function):
@@ -86,7 +87,16 @@ def parallel_token_logprobs(
     if dist.get_world_size(group) == 1:
         return token_logprobs(logits, targets, inverse_temperatures, entropy_gradient=entropy_gradient)
     first = dist.get_rank(group) * logits.shape[-1]
-    found: tuple[Tensor, Tensor] = _Parallel.apply(  # type: ignore[no-untyped-call]
-        logits[:, : vocabulary - first], targets, inverse_temperatures, first, group, entropy_gradient
-    )
-    return found
+    mine = logits[:, : vocabulary - first]
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    parts = []
+    for start in range(0, len(targets), rows):
+        chunk = (mine[start : start + rows], targets[start : start + rows], inverse_temperatures[start : start + rows])
+        arguments = (*chunk, first, group, entropy_gradient)
+        whole = rows >= len(targets)
+        # Several chunks are recomputed in the backward pass, by all ranks in the same order, instead of being kept.
+        parts.append(
+            _Parallel.apply(*arguments) if whole else checkpoint(_Parallel.apply, *arguments, use_reentrant=False)
+        )
+    chosen, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+    return chosen, entropies

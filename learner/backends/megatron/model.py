@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from learner.attention import RaggedLayout, make_layout
+from learner.attention import make_layout
 from learner.backends.megatron.architecture import Architecture
 from learner.backends.megatron.cpu import make_experts_ready
 from learner.backends.megatron.layers import Norm, Packed, RaggedCoreAttention
@@ -126,7 +126,6 @@ class RotaryTable:
     def packed(self, batch: MicroBatch, padding: int = 0) -> Packed:
         """``padding`` tokens at the end are a sequence of their own, each."""
         positions, layout = batch.position_ids, batch.layout
-        assert isinstance(layout, RaggedLayout), "this backend shares no prefixes"
         if padding:
             positions = torch.nn.functional.pad(positions, (0, padding))
             lengths = [len(sample) for sample in batch.samples] + [1] * padding

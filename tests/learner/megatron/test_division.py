@@ -49,6 +49,10 @@ def test_settings_that_nobody_reads_are_refused() -> None:
         LearnerConfig(ranks=2, megatron=MegatronConfig(tensor_parallel=2)).validate()
     with pytest.raises(ValueError, match=r"learner\.cpu_offload=true is for learner\.backend=fsdp"):
         LearnerConfig(backend="megatron", cpu_offload=True).validate()
+    with pytest.raises(ValueError, match=r"learner\.optimizer=sgd has none: leave it false"):
+        LearnerConfig(
+            backend="megatron", optimizer="sgd", megatron=MegatronConfig(distributed_optimizer=True)
+        ).validate()
 
 
 @pytest.mark.parametrize(
