@@ -187,8 +187,8 @@ class _Merged(torch.autograd.Function):
             below = shared.readers
             found, found_norms = _part([query[None, below], key[None, shared.keys], value[None, shared.keys]], scaling)
             weight = torch.sigmoid(found_norms[0] - norms[below])
-            output[below] = output[below].lerp_(found[0], weight.to(query.dtype)[..., None])
-            norms[below] = torch.logaddexp(norms[below], found_norms[0])
+            output[below].lerp_(found[0], weight.to(query.dtype)[..., None])
+            torch.logaddexp(norms[below], found_norms[0], out=norms[below])
         ctx.save_for_backward(query, key, value, output, norms)
         ctx.layout, ctx.scaling = layout, scaling
         return output
@@ -209,7 +209,7 @@ class _Merged(torch.autograd.Function):
             rows = [query[None, below], key[None, keys], value[None, keys], output[None, below], norms[None, below]]
             found = _part_backward(gradient[None, below], rows, ctx.scaling)
             for result, span, added in zip(results, (below, keys, keys), found, strict=True):
-                result[span] += added[0]
+                result[span].add_(added[0])
         return to_query, to_key, to_value, None, None
 
 
