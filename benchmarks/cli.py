@@ -24,6 +24,7 @@ BENCHMARKS = {
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
     "staleness": "benchmarks.staleness.command:staleness",
+    "staleness-control": "benchmarks.staleness.control:staleness_control",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
     "weights": "benchmarks.weights.command:weights",
 }
