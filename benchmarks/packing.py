@@ -18,7 +18,8 @@ from rich.table import Table
 
 from benchmarks.output import document, write_json
 from env_pool.workloads.scripts import SUITES, suite_script
-from learner.packing import PackingCounts, even_bins, imbalance_bound
+from learner.batching import balance, pack
+from learner.packing import Packer, PackingCounts, even_bins, imbalance_bound
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def balanced(settings: Settings, ranks: int) -> Packed:
     found, passes, bounds = [], [], []
     for step in range(settings.steps):
         lengths = step_lengths(settings, step)
-        bins = even_bins([range(length) for length in lengths], ranks, settings.token_budget)
-        counts = PackingCounts(ranks)
+        packer: Packer[range] = Packer(pack, balance)
+        bins = even_bins([range(length) for length in lengths], ranks, settings.token_budget, packer)
+        counts = PackingCounts(ranks, packer)
         counts.add(bins)
         found.append(counts.metrics())
         passes.append(len(bins))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict  # noqa: UP035 - OmegaConf 2.3 reads typing.Dict
 
+BUNDLED_REWARDS = ("rule", "overlong")
 NOISE_KINDS = ("timeout", "error", "missing_field")
 
 
@@ -76,7 +77,7 @@ class RewardConfig:
     """One reward branch."""
 
     kind: str = "rule"
-    """``rule`` (the environment's own verifier), or ``package.module:function_or_Class`` of the user's."""
+    """``rule`` (the environment's own verifier), ``overlong`` (soft punishment of length), or ``package.module:function_or_Class`` of the user's."""
     weight: float = 1.0
     """Its factor in the sum that is the reward."""
     name: str = ""
@@ -95,8 +96,8 @@ class RewardConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the key and what would be right."""
-        if self.kind != "rule" and ":" not in self.kind:
-            raise ValueError(f"rewards: kind must be 'rule' or 'package.module:name', got {self.kind!r}")
+        if self.kind not in BUNDLED_REWARDS and ":" not in self.kind:
+            raise ValueError(f"rewards: kind must be 'rule', 'overlong' or 'package.module:name', got {self.kind!r}")
         if not self.timeout_s > 0:
             raise ValueError(f"rewards ({self.kind}): timeout_s must be positive, got {self.timeout_s}")
         if self.retries < 0:

@@ -96,8 +96,15 @@ class QueueConfig:
     close_after_s: Optional[float] = None  # noqa: UP045 (the configuration library reads this form)
     """Seconds after dispatch at which a group with ``min_size`` episodes is closed without the rest; null: never."""
 
+    require_signal: bool = False
+    """Drop finished groups whose rewards are all equal (reason ``no_signal``); others are dispatched in their place."""
+    max_without_signal: int = 512
+    """So many groups without signal in a row, with no other between them, end the run."""
+
     def validate(self) -> None:
         """Raises ``ValueError`` with what is wrong and what would be right."""
+        if self.max_without_signal < 1:
+            raise ValueError(f"queue.max_without_signal must be >= 1 group, got {self.max_without_signal}")
         if self.window < 1:
             raise ValueError(f"queue.window must be >= 1 group, got {self.window}")
         if not self.budget_mb > 0:

@@ -16,7 +16,7 @@ producer, so that what was accepted is in the journal. A consumer that gets fewe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experience import wire
@@ -32,6 +32,15 @@ from experience.staleness import Progress, QueueView, StalenessPolicy
 from experience.state import Ack, LiveGroup, QueueError, QueueState
 
 __all__ = ["ExperienceQueue", "QueueError"]
+
+
+NO_SIGNAL = "no_signal"
+"""Why a group is dropped whose episodes all have the same reward (``queue.require_signal``)."""
+
+
+def has_signal(entries: Iterable[EpisodeEntry]) -> bool:
+    """Whether rewards differ within a group (Yu et al. 2025, "DAPO", section 3.2, dynamic sampling)."""
+    return len({entry.reward for entry in entries if entry.reward is not None}) > 1
 
 
 class ExperienceQueue:
@@ -371,6 +380,9 @@ class ExperienceQueue:
         if len(group.entries) + len(missing) < self._needed(group):
             self._drop(group, next(reversed(group.failed.values())))
         elif not missing or (self._has_enough(group) and self._is_due(group, now)):
+            if self._config.require_signal and not has_signal(group.entries.values()):
+                self._drop(group, NO_SIGNAL)
+                return
             self._write("ready", GroupRecord(group.group_id))
             self._state.make_ready(group)
             if missing:

@@ -121,11 +121,12 @@ class LearnerActor:
             await queue.ack.remote(
                 group_ids, version - 1, int(metrics["tokens/trained"]), int(metrics["tokens/masked"])
             )
-            if publication is not None:
-                with _Timer(self, "publishing"):
-                    await publication
-            self._copied.clear()
-            publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
+            if self._is_published(version):
+                if publication is not None:
+                    with _Timer(self, "publishing"):
+                        await publication
+                self._copied.clear()
+                publication = asyncio.ensure_future(_call(controller.publish.remote(version)))
             await controller.step_done.remote(version, {**metrics, **self._shares()})
             if self._writing is not None and self._writing.done():
                 await self._written()
@@ -143,7 +144,10 @@ class LearnerActor:
         """Copy the weights of ``version`` aside; training goes on, the next update waits for this."""
         if self._learner.version != version:
             raise RuntimeError(f"the learner is at version {self._learner.version}, not {version}")
-        await asyncio.to_thread(self._prepare)
+        if self._group is None:
+            await asyncio.to_thread(self._prepare)
+        else:
+            await self._compute(self._prepare)  # ranks gather together, and not amid a pass
         self._copied.set()
 
     async def offer(self, version: int, members: list[str]) -> bytes:
@@ -156,6 +160,16 @@ class LearnerActor:
     async def send(self) -> None:
         """Move the bytes of the last offer."""
         await asyncio.to_thread(self._sender.send)
+
+    async def cancel_send(self) -> None:
+        """A member of the last offer is gone: end `send` at once, so that the others need not wait for it."""
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.cancel)
+
+    async def taken(self, member: str, version: int) -> None:
+        """An engine was given ``version`` without this process's help."""
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.taken, member, version)
 
     async def export(self, directory: str) -> None:
         """Write the present weights as a Hugging Face directory."""
@@ -212,6 +226,10 @@ class LearnerActor:
         moved = min(max(0.0, missing), self._seconds["waiting"])
         self._seconds["waiting"] -= moved
         self._seconds["training"] += moved
+
+    def _is_published(self, version: int) -> bool:
+        """Every ``weights.every``-th version, and the last one."""
+        return version == self._settings.steps or version % self._settings.weights.every == 0
 
     def _is_due(self, version: int) -> bool:
         every = self._settings.checkpoint_every
@@ -278,18 +296,23 @@ class LearnerActor:
         return int(self._learner.version)
 
     def _open_sender(self, engine_nodes: list[str]) -> None:
-        from weight_sync.transports.select import choose_transport, make_sender
+        from learner.publishing import OwnPublisher, RanksPublisher, SendingPlace
+        from weight_sync.transports.select import choose_transport
 
-        weights, here = self._settings.weights, socket.gethostname()
-        kind = choose_transport(weights.transport, here, engine_nodes)
-        host = "127.0.0.1" if all(node == here for node in engine_nodes) else here
+        weights = self._settings.weights
+        senders = [socket.gethostname()] if self._group is None else self._group.nodes()
+        kind = choose_transport(weights.transport, senders[0], [*engine_nodes, *senders])
         beside = self._settings.checkpoint_directory.parent / "weights"
-        self._sender = make_sender(weights, kind, host=host, device=self._learner.device, disk_directory=beside)
-        logger.info("weights travel by %s", kind)
+        place = SendingPlace(weights, kind, tuple(engine_nodes), str(beside))
+        if self._group is None:
+            self._sender = OwnPublisher(place, self._learner.device, self._learner.named_tensors)
+        else:
+            self._sender = RanksPublisher(place, self._group)
+        logger.info("weights travel by %s from %d senders", kind, len(senders))
 
     def _prepare(self) -> None:
+        self._sender.prepare(self._learner.version)
         self._prepared = self._learner.version
-        self._sender.prepare(self._prepared, self._learner.named_tensors(), [])
 
     def _shares(self) -> dict[str, float]:
         total = sum(self._seconds.values()) or 1.0

@@ -6,7 +6,7 @@ T tokens. Only the attention itself needs rows: it scatters the sequences into g
 right, where causal attention never looks, so the result is exact and the gradient of the padding is zero.
 
 The function is registered with transformers under :data:`RAGGED_ATTENTION`; a :class:`RaggedLayout` reaches it as the
-keyword argument ``ragged`` of the model's forward.
+keyword argument ``ragged`` of the model's forward. Where sequences share prefixes it is a `tree_attention.TreeLayout`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from learner.length_groups import spans
+from learner.tree_attention import TreeLayout, tree_attention
+
 RAGGED_ATTENTION = "millrace_ragged"
-
-MAX_PADDING = 1.25
-"""Sequences share a padded group while it has at most this many times the tokens of its sequences, ..."""
-
-MAX_PADDED = 640
-"""... and at most so many tokens more: long sequences gain nothing by sharing an attention call."""
-
-GROUP_OVERHEAD = 256
-"""Padded tokens that are worth saving another attention call."""
 
 
 @dataclass(frozen=True)
@@ -78,32 +72,6 @@ def make_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> R
         for first, last in spans(lengths)
     ]
     return RaggedLayout(tuple(groups), int(offsets[-1]))
-
-
-def spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Which sequences, sorted longest first, share a padded group: ``first:last`` of each."""
-    found, first = [], 0
-    while first < len(lengths):
-        last = _end_of_group(lengths, first)
-        found.append((first, last))
-        first = last
-    return found
-
-
-def padded_tokens(lengths: Sequence[int]) -> int:
-    """`RaggedLayout.padded_tokens` of sequences of these lengths, sorted longest first."""
-    return sum(lengths[first] * (last - first) for first, last in spans(lengths))
-
-
-def _end_of_group(lengths: Sequence[int], first: int) -> int:
-    longest, tokens = lengths[first], 0
-    for index in range(first, len(lengths)):
-        padded = longest * (index - first + 1)
-        inside = tokens + lengths[index]
-        if padded - inside > min(inside * (MAX_PADDING - 1), MAX_PADDED) + GROUP_OVERHEAD:
-            return index
-        tokens += lengths[index]
-    return len(lengths)
 
 
 def _make_group(lengths: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], device: Any) -> LengthGroup:
@@ -168,17 +136,21 @@ def ragged_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    ragged: RaggedLayout | None = None,
+    ragged: RaggedLayout | TreeLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of ``query [1, heads, T, D]`` to ``key`` and ``value [1, kv_heads, T, D]``: ``[1, T, heads, D]``.
 
-    Raises ValueError without a layout, or with one for another number of tokens.
+    Raises ValueError without a layout, with one for another number of tokens, or for dropout over a prefix forest.
     """
     tokens = query.shape[2]
     if ragged is None or ragged.tokens != tokens or query.shape[0] != 1:
         described = "no layout" if ragged is None else f"a layout of {ragged.tokens} tokens"
         raise ValueError(f"{RAGGED_ATTENTION}: got {query.shape[0]} rows of {tokens} tokens and {described}")
+    if isinstance(ragged, TreeLayout):
+        if dropout:
+            raise ValueError(f"{RAGGED_ATTENTION}: dropout {dropout} has no meaning where sequences share a prefix")
+        return tree_attention(query, key, value, ragged, scaling), None
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     results = [_attend(flat, group, scaling, dropout) for group in ragged.groups]
     return (results[0] if len(results) == 1 else torch.cat(results)).unsqueeze(0), None

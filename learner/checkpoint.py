@@ -19,6 +19,8 @@ from typing import Any
 from learner.errors import CheckpointError
 
 STATE_FILE = "state.json"
+OWN_FILE = "learner.safetensors"
+"""What the learner's own process holds beside the ranks: the critic with its optimizer, the entropy coefficient."""
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})$")
 _TEMPORARY = ".writing"

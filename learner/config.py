@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from learner.backends.megatron.settings import MegatronConfig
+from learner.mixing_config import CriticConfig, ReplayConfig, SftConfig
 from learner.objectives.config import ObjectiveConfig, require_choice
+from learner.objectives.names import WHOLE_STEP
+from learner.prefix_tree import ALWAYS, WHERE_IT_PAYS, Sharing
 from learner.synthetic_config import SyntheticLearnerConfig
 
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("fsdp", "synthetic")
+BACKENDS = ("fsdp", "megatron", "synthetic")
 OPTIMIZERS = ("adamw", "sgd")
-PLANNED_BACKENDS = ("megatron",)
+PREFIX_SHARING = {"auto": WHERE_IT_PAYS, "on": ALWAYS, "off": None}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -48,6 +52,9 @@ class LearnerConfig(ObjectiveConfig):
     """Largest norm of the gradient; 0 turns clipping off."""
     token_budget: int = 8192
     """Most tokens in one forward and backward pass (a single longer trajectory still runs, alone)."""
+    prefix_sharing: str = "auto"
+    """Common prefixes of trajectories are computed once: where that saves more than it costs (``auto``), wherever there is one
+    (``on``), or nowhere (``off``). Loss and gradient are the same."""
     skip_no_signal: bool = True
     """Groups whose advantages are all zero run no forward pass and do not count in the normaliser."""
     threads: int | None = None
@@ -60,6 +67,11 @@ class LearnerConfig(ObjectiveConfig):
     """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """How ``backend: megatron`` divides the ranks."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     synthetic: SyntheticLearnerConfig = field(default_factory=SyntheticLearnerConfig)
     """What ``backend: synthetic`` models."""
 
@@ -68,17 +80,58 @@ class LearnerConfig(ObjectiveConfig):
         self._validate_choices()
         self._validate_numbers()
         self.validate_objective()
+        self.critic.validate()
+        self.sft.validate()
+        self.replay.validate()
+        self._validate_parts()
         if self.backend == "synthetic":
             self.synthetic.validate()
+        self._validate_megatron()
+
+    def _validate_megatron(self) -> None:
+        if self.backend != "megatron":
+            if self.megatron != MegatronConfig():
+                raise ValueError(
+                    f"learner.megatron has settings, and learner.backend={self.backend} does not read them"
+                )
+            return
+        self.megatron.validate(self.ranks)
+        if self.megatron.distributed_optimizer and self.optimizer == "sgd":
+            raise ValueError(
+                "learner.megatron.distributed_optimizer=true divides the state of adamw, and learner.optimizer=sgd has none: leave "
+                "it false"
+            )
+        if self.cpu_offload:
+            raise ValueError("learner.cpu_offload=true is for learner.backend=fsdp; megatron has distributed_optimizer")
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """`prefix_sharing` as the rule that it stands for."""
+        return PREFIX_SHARING[self.prefix_sharing]
 
     def _validate_choices(self) -> None:
-        if self.backend in PLANNED_BACKENDS:
-            raise ValueError(f"learner.backend={self.backend} is not built yet: use {', '.join(BACKENDS)}")
         require_choice("learner.backend", self.backend, BACKENDS)
         require_choice("learner.device", self.device, DEVICES)
         require_choice("learner.optimizer", self.optimizer, OPTIMIZERS)
-        if self.advantage == "gae":
-            raise ValueError("learner.advantage=gae is not built yet (it needs a critic)")
+        require_choice("learner.prefix_sharing", self.prefix_sharing, tuple(PREFIX_SHARING))
+
+    def _validate_parts(self) -> None:
+        """What lives in the learner's own process goes with one rank; what is recorded must be comparable."""
+        for key, used in (("advantage=gae", self.advantage == "gae"), ("kl_place=reward", self.kl_place == "reward")):
+            if used and (self.ranks > 1 or self.backend != "fsdp"):
+                raise ValueError(
+                    f"learner.{key} works with learner.backend=fsdp and learner.ranks=1 (its model lives in the learner's process), "
+                    f"not with backend={self.backend} and ranks={self.ranks}"
+                )
+        if self.advantage != "gae" and self.critic.pretrain_steps:
+            raise ValueError(
+                f"learner.critic.pretrain_steps can have no effect with learner.advantage={self.advantage}: it is for gae"
+            )
+        if self.replay.run is not None and self.advantage in WHOLE_STEP:
+            raise ValueError(
+                f"learner.replay.run needs advantages within groups (grpo, dr_grpo, rloo): those of learner.advantage="
+                f"{self.advantage} are taken over a step, and recorded groups belong to none"
+            )
 
     def _validate_numbers(self) -> None:
         if self.rank_timeout_s <= 0:

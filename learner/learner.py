@@ -6,18 +6,26 @@ nothing to learn from or had to be skipped: versions count steps, so that pacing
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from experience.records import Group
 from experience.wire import decode_group
+from learner.backends.frozen import FrozenModel
 from learner.backends.make import make_backend
 from learner.backends.ranks import LearnerRanks, OneRank
 from learner.checkpoint import (
+    OWN_FILE,
     CheckpointState,
     begin_checkpoint,
     commit_checkpoint,
@@ -26,7 +34,11 @@ from learner.checkpoint import (
     source_after,
 )
 from learner.config import LearnerConfig, ModelConfig
+from learner.critic import Critic
 from learner.errors import CheckpointError, LearnerError
+from learner.mixing import Demonstrations, Replay, Source, read_demonstrations, read_replay
+from learner.objectives.entropy import EntropyController
+from learner.preparation import Helpers
 from learner.streaming import StepResult, StepSettings, StreamingStep
 
 if TYPE_CHECKING:
@@ -36,6 +48,24 @@ logger = logging.getLogger(__name__)
 
 CPU_PASS_TOKENS = 2560
 """Largest pass on a CPU: shorter ones pay more overhead a token, the activations of longer ones fall out of the cache."""
+
+ENTROPY_KEY = "entropy/coefficient"
+CRITIC_PREFIX = "critic/"
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can read: token ids below ``vocabulary``, sequences of at most ``positions`` tokens."""
+
+    vocabulary: int
+    positions: int
+
+    @classmethod
+    def of(cls, directory: Path) -> ModelLimits:
+        """Of the model in a Hugging Face directory."""
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        return cls(int(config["vocab_size"]), int(config.get("max_position_embeddings") or sys.maxsize))
 
 
 class Learner:
@@ -78,6 +108,13 @@ class Learner:
         self._saving: tuple[Path, CheckpointState] | None = None
         self._bad_in_a_row = 0
         self._skipped = 0
+        self._seed = seed
+        self._helpers = Helpers()
+        self._limits: ModelLimits | None = None
+        self._sources: list[Source] = []
+        self._entropy: EntropyController | None = None
+        if config.entropy_target is not None:
+            self._entropy = EntropyController(config.entropy_target, config.entropy_rate, config.entropy_coef_max)
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +129,9 @@ class Learner:
         else:
             self._ranks = OneRank(make_backend(path, self._config, self._model_config.dtype, self._initial))
         self._source = Path(path)
+        self._limits = ModelLimits.of(Path(path))
+        self._helpers = self._make_helpers(Path(path))
+        self._sources = self._make_sources(Path(path))
         self.version = 0
 
     def restore(self, path: str | Path) -> CheckpointState:
@@ -100,6 +140,7 @@ class Learner:
         state = read_checkpoint(directory)
         self.load(directory)
         self._loaded().restore(directory, state.updates)
+        self._take_own(directory)
         self.version, self.extra = state.version, state.extra
         return state
 
@@ -107,11 +148,19 @@ class Learner:
         """Starts step ``version``. An unfinished step is thrown away."""
         ranks = self._loaded()
         ranks.discard_gradient()
-        self._step = StreamingStep(ranks, self._step_settings(ranks), self.version)
+        stays = self._helpers.critic is not None and self.version < self._config.critic.pretrain_steps
+        self._step = StreamingStep(
+            ranks, self._step_settings(ranks), self.version, self._helpers, self._sources, policy_stays=stays
+        )
 
     def add(self, groups: Sequence[bytes]) -> list[str]:
-        """Takes encoded groups and trains on what fills a pass; returns their ids. Raises WireFormatError."""
+        """Takes encoded groups and trains on what fills a pass; returns their ids.
+
+        Raises WireFormatError, and LearnerError for a trajectory that the model cannot read.
+        """
         decoded = [decode_group(data) for data in groups]
+        for group in decoded:
+            self._check(group)
         self._running().add(decoded)
         return [group.group_id for group in decoded]
 
@@ -129,6 +178,9 @@ class Learner:
         self._step = None
         self._judge(result)
         self.version += 1
+        if self._entropy is not None and result.applied and "entropy" in result.metrics:
+            result.metrics["entropy/coefficient"] = self._entropy.coefficient
+            self._entropy.observe(result.metrics["entropy"])
         return {**result.metrics, "steps/skipped": float(self._skipped), "updates": float(self._loaded().updates)}
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -150,6 +202,7 @@ class Learner:
         ranks = self._loaded()
         state = CheckpointState(self.version, self.version, ranks.updates, extra or {})
         temporary = begin_checkpoint(Path(directory), self.version)
+        self._write_own(temporary)
         ranks.begin_save(temporary)
         self._saving = temporary, state
 
@@ -178,6 +231,76 @@ class Learner:
         target.mkdir(parents=True, exist_ok=True)
         self._write_model(target)
 
+    def _check(self, group: Group) -> None:
+        """Raises LearnerError for tokens that the model does not know, or more of them than it has positions for."""
+        assert self._limits is not None
+        for trajectory in group.trajectories:
+            where = f"group {group.group_id}, trajectory {trajectory.trajectory_id}"
+            largest = int(trajectory.tokens.max(initial=0))
+            if largest >= self._limits.vocabulary or trajectory.tokens.min(initial=0) < 0:
+                raise LearnerError(
+                    f"{where} has token {largest}, and the trained model knows {self._limits.vocabulary}: engines and learner must "
+                    "have the same tokenizer and model"
+                )
+            if len(trajectory) > self._limits.positions:
+                raise LearnerError(
+                    f"{where} has {len(trajectory)} tokens, and the trained model has {self._limits.positions} positions: lower "
+                    "rollout.max_episode_tokens"
+                )
+
+    def _write_own(self, directory: Path) -> None:
+        state: dict[str, torch.Tensor] = {}
+        if self._helpers.critic is not None:
+            state = {CRITIC_PREFIX + name: tensor for name, tensor in self._helpers.critic.state().items()}
+        if self._entropy is not None:
+            state[ENTROPY_KEY] = torch.tensor([self._entropy.reached, self._entropy.coefficient], dtype=torch.float64)
+        if not state:
+            return
+        try:
+            save_file(state, directory / OWN_FILE)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write a checkpoint to {directory.parent}: {error}; free space there, then resume the run"
+            ) from error
+
+    def _take_own(self, directory: Path) -> None:
+        file = directory / OWN_FILE
+        try:
+            state = load_file(file) if file.exists() else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        entropy = state.pop(ENTROPY_KEY, None)
+        if self._entropy is not None and entropy is not None:
+            self._entropy.reached, self._entropy.coefficient = entropy.tolist()
+        if self._helpers.critic is None:
+            return
+        if not state:
+            raise CheckpointError(
+                f"{directory} holds no critic: learner.advantage=gae goes on only from a checkpoint that has one"
+            )
+        self._helpers.critic.load_state({name.removeprefix(CRITIC_PREFIX): tensor for name, tensor in state.items()})
+
+    def _make_helpers(self, path: Path) -> Helpers:
+        config, device = self._config, self._loaded().device
+        critic = reference = None
+        if config.advantage == "gae":
+            critic = Critic(config.critic.path or path, config.critic, device)
+        if config.kl_place == "reward":
+            place = config.reference or self._initial or path
+            reference = FrozenModel("learner.reference", place, device, ModelLimits.of(path).vocabulary)
+        return Helpers(critic, reference)
+
+    def _make_sources(self, path: Path) -> list[Source]:
+        config = self._config
+        found: list[Source] = []
+        if config.sft.dataset is not None:
+            samples = read_demonstrations(Path(config.sft.dataset), path, ModelLimits.of(path).vocabulary)
+            found.append(Demonstrations(samples, config.sft, config, self._seed))
+        if config.replay.run is not None:
+            groups = read_replay(config.replay, config, ModelLimits.of(path).vocabulary)
+            found.append(Replay(groups, config.replay, config, self._seed))
+        return found
+
     def _write_model(self, directory: Path) -> None:
         self._loaded().save_model(directory)
         if self._source is not None:
@@ -186,6 +309,12 @@ class Learner:
     def _judge(self, result: StepResult) -> None:
         if result.applied:
             self._bad_in_a_row = 0
+            if result.bad_samples:
+                logger.warning(
+                    "step %d: its last updates were left out, loss or gradient is not finite (%s)",
+                    self.version,
+                    ", ".join(result.bad_samples[:4]),
+                )
             return
         self._bad_in_a_row += 1
         self._skipped += 1
@@ -200,7 +329,7 @@ class Learner:
     def _step_settings(self, ranks: LearnerRanks) -> StepSettings:
         config = self._config
         return StepSettings(
-            objective=config,
+            objective=config if self._entropy is None else replace(config, entropy_coef=self._entropy.coefficient),
             max_lag=self._max_lag,
             skip_no_signal=config.skip_no_signal,
             pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if ranks.on_cpu else config.token_budget,

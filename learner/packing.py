@@ -6,31 +6,51 @@ round against the mean, summed over the rounds of a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from learner.attention import padded_tokens
 from learner.batching import balance, pack
+from learner.length_groups import padded_tokens
 
 Item = TypeVar("Item", bound=Sized)
 
 
-def even_bins(samples: Sequence[Item], width: int, token_budget: int) -> list[list[Item]]:
+def _own_lengths(samples: Sequence[Sized]) -> list[int]:
+    return list(map(len, samples))
+
+
+@dataclass(frozen=True)
+class Packer(Generic[Item]):
+    """How samples become bins, and what a bin makes a pass run on."""
+
+    pack: Callable[[Sequence[Item], int], list[list[Item]]]
+    """Samples and a budget of tokens to bins within it (or with one longer sample alone)."""
+    balance: Callable[[Sequence[Item], int], list[list[Item]]]
+    """Samples and a number of bins to that many, as even as can be had."""
+    lengths: Callable[[Sequence[Item]], list[int]] = _own_lengths
+    """Samples of a bin to the lengths of the runs of tokens that a pass over them computes."""
+
+    def load(self, samples: Sequence[Item]) -> int:
+        """Tokens that a pass over these samples computes."""
+        return sum(self.lengths(samples))
+
+
+def even_bins(samples: Sequence[Item], width: int, token_budget: int, packer: Packer[Item]) -> list[list[Item]]:
     """Bins for ``width`` ranks, a multiple of it, fullest first; bin i is for rank ``i % width``.
 
-    As few rounds as the budget allows (a longer sample still runs, alone). Loads differ by at most the longest sample (Graham
-    1969), and neighbours in the order run together, so a step's imbalance is at most
+    As few rounds as the budget allows (a longer sample still runs, alone). Where samples share nothing, loads differ by at most
+    the longest sample (Graham 1969), and neighbours in the order run together, so a step's imbalance is at most
     ``(width - 1) * longest / tokens``: see `imbalance_bound`.
     """
-    bins = pack(samples, token_budget)
+    bins = packer.pack(samples, token_budget)
     if width == 1 or not bins:
         return bins
     limit = max(token_budget, max(map(len, samples)))
     count = -(-len(bins) // width) * width
     while True:
-        even = sorted(balance(samples, count), key=_load, reverse=True)
-        if _load(even[0]) <= limit:
+        even = sorted(packer.balance(samples, count), key=packer.load, reverse=True)
+        if packer.load(even[0]) <= limit:
             return even
         count += width
 
@@ -45,32 +65,35 @@ def imbalance_bound(lengths: Sequence[int], width: int) -> float:
 
 
 @dataclass
-class PackingCounts:
+class PackingCounts(Generic[Item]):
     """Sums over the rounds of a step."""
 
     width: int
+    packer: Packer[Item] = field(default_factory=lambda: Packer(pack, balance))
+    plain: int = 0
+    """Tokens of the samples."""
     tokens: int = 0
+    """Those that the passes compute: fewer where samples share prefixes."""
     padded: int = 0
-    """Tokens with the padding of the attention; nothing else is padded."""
+    """With the padding of the attention; nothing else is padded."""
     fullest: int = 0
     """Tokens of the fullest pass of each round."""
 
-    def add(self, bins: Sequence[Sequence[Sized]]) -> None:
+    def add(self, bins: Sequence[Sequence[Item]]) -> None:
         """Passes in the order in which ranks get them; the last round may lack some, whose ranks then wait."""
-        loads = [_load(samples) for samples in bins]
+        lengths = [sorted(self.packer.lengths(samples), reverse=True) for samples in bins]
+        loads = [sum(runs) for runs in lengths]
+        self.plain += sum(len(sample) for samples in bins for sample in samples)
         self.tokens += sum(loads)
-        self.padded += sum(padded_tokens(sorted(map(len, samples), reverse=True)) for samples in bins)
+        self.padded += sum(map(padded_tokens, lengths))
         self.fullest += sum(max(loads[first : first + self.width]) for first in range(0, len(loads), self.width))
 
     def metrics(self) -> dict[str, float]:
-        """Share of padding among the tokens that the attention runs on; fullest rank over the mean, minus 1."""
+        """Shares: of padding among the tokens that attention runs on; of the fullest rank over the mean, minus 1; of tokens saved."""
         if not self.tokens:
             return {}
         return {
             "packing/padding": 1.0 - self.tokens / self.padded,
             "packing/imbalance": self.fullest * self.width / self.tokens - 1.0,
+            "packing/prefix_saved": 1.0 - self.tokens / self.plain,
         }
-
-
-def _load(samples: Sequence[Sized]) -> int:
-    return sum(map(len, samples))

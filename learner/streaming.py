@@ -7,19 +7,22 @@ backward passes run while the rest of the step is still being generated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
 from experience.records import Group
 from learner.backends.ranks import LearnerRanks
-from learner.batching import GroupSamples, Sample, make_samples, pack, tokens_of
-from learner.objectives.advantages import STEP_NORMALISED, normalised_over_step
+from learner.batching import GroupSamples, Sample, make_samples, pack
+from learner.critic import Critic, CriticSums
+from learner.mixing import Source
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.policy_loss import step_mask
+from learner.objectives.names import GROUP_RELATIVE
 from learner.objectives.sums import TokenSums
 from learner.packing import PackingCounts, even_bins
+from learner.preparation import Helpers, Preparation, mini_batches, needs_whole_step
+from learner.tree_packing import packer_for
 
 SUCCESS_REWARD = 1.0
 """An episode counts as a success from this reward on."""
@@ -39,8 +42,8 @@ class StepSettings:
 
     @property
     def whole_step(self) -> bool:
-        """Whether the loss of a token depends on the other groups of the step, so that none can be trained on before all are in."""
-        return self.objective.advantage in STEP_NORMALISED or self.objective.second_moment_limit is not None
+        """Whether no group can be trained on before all are in."""
+        return needs_whole_step(self.objective)
 
 
 @dataclass
@@ -53,19 +56,39 @@ class StepResult:
 
 
 class StreamingStep:
-    """Accumulates the gradient of one step at learner ``version``; use once."""
+    """Accumulates the gradient of one step at learner ``version``; use once.
 
-    def __init__(self, ranks: LearnerRanks, settings: StepSettings, version: int) -> None:
+    ``helpers`` are models that the objective asks beside the policy; ``sources`` are trained on beside the groups;
+    ``policy_stays``: only the critic learns in this step.
+    """
+
+    def __init__(
+        self,
+        ranks: LearnerRanks,
+        settings: StepSettings,
+        version: int,
+        helpers: Helpers | None = None,
+        sources: Sequence[Source] = (),
+        *,
+        policy_stays: bool = False,
+    ) -> None:
         self._ranks, self._settings, self._version = ranks, settings, version
+        self._helpers, self._sources, self._policy_stays = helpers or Helpers(), sources, policy_stays
         self._held: list[Group] = []
         self._groups: list[GroupSamples] = []
         self._pending: list[Sample] = []
         self._sums = TokenSums()
+        self._normaliser = 0.0
+        """Of the update under way."""
         self._passes = 0
         self._rounds: list[list[list[Sample]]] = []
-        """The passes so far, as they ran: looked through again when the gradient they add up to is not finite."""
-        self._packing = PackingCounts(ranks.width)
+        """The passes since the last update, as they ran: looked through again when the gradient they add up to is not finite."""
+        self._packer = packer_for(ranks.sharing)
+        self._packing = PackingCounts(ranks.width, self._packer)
         self._bad: list[str] = []
+        self._norms: list[float] = []
+        """Of the updates that were applied."""
+        self._extra: dict[str, float] = {}
 
     def add(self, groups: Iterable[Group]) -> None:
         """Takes complete groups, and runs the passes that are full."""
@@ -77,8 +100,8 @@ class StreamingStep:
         if self._settings.whole_step:
             return
         width, budget = self._ranks.width, self._settings.pass_tokens
-        if tokens_of(self._pending) >= budget * width:
-            bins = sorted(pack(self._pending, budget), key=tokens_of, reverse=True)
+        if self._packer.load(self._pending) >= budget * width:
+            bins = sorted(self._packer.pack(self._pending, budget), key=self._packer.load, reverse=True)
             count = max(1, (len(bins) - 1) // width) * width
             self._pending = [sample for samples in bins[count:] for sample in samples]
             self._run(bins[:count])
@@ -94,33 +117,106 @@ class StreamingStep:
 
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
         """Bins for what is left."""
-        return even_bins(samples, self._ranks.width, self._settings.pass_tokens)
+        return even_bins(samples, self._ranks.width, self._settings.pass_tokens, self._packer)
 
     def finish(self) -> StepResult:
-        """Runs the rest, normalises and updates the weights."""
+        """Runs the rest, normalises and updates the weights: once, or ``updates_per_step`` times."""
         for group in sorted(self._held, key=lambda group: group.header.index):
             self._take(group)
         self._held = []
+        left_out: set[str] = set()
         if self._settings.whole_step:
-            self._pending = self._masked(self._normalised(self._pending))
-        self._flush()
-        norm: float | None = 0.0
-        if self._bad:
-            self._ranks.discard_gradient()
-            norm = None
-        elif self._sums.normaliser > 0:
-            norm = self._ranks.step(self._sums.normaliser)
-            if norm is None:
-                self._bad = self._culprits()
-        applied = norm is not None
+            left_out = self._finish_whole()
+        else:
+            self._flush()
+            if not self._update():
+                left_out = {group.group_id for group in self._groups}
+        applied = not left_out or bool(self._norms)
         metrics = {
             "loss": 0.0,
             **self._sums.metrics(),
-            **group_metrics(self._groups, applied, self._passes),
+            **group_metrics(self._groups, left_out, self._passes),
+            "step/skipped": 0.0 if applied else 1.0,
+            **({"grad_norm": float(np.mean(self._norms)) if self._norms else 0.0} if applied else {}),
             **self._packing.metrics(),
-            **_norm(norm),
+            **self._extra,
         }
         return StepResult(metrics, applied, self._bad)
+
+    def _finish_whole(self) -> set[str]:
+        """One update for each part of the step; returns the ids of the groups whose part was not applied."""
+        objective, critic = self._settings.objective, self._helpers.critic
+        preparation = Preparation(self._ranks, objective, self._helpers, self._settings.pass_tokens)
+        parts = mini_batches(self._teaching(preparation.prepare(self._groups, self._even)), objective.updates_per_step)
+        if critic is not None:
+            self._train_critic(critic, parts)
+        if self._policy_stays:
+            return set()
+        for index, part in enumerate(parts or [[]]):
+            self._run(self._even(part))
+            if not self._update(index):
+                return {sample.group_id for rest in parts[index:] for sample in rest} or {
+                    group.group_id for group in self._groups
+                }
+        return set()
+
+    def _teaching(self, samples: list[Sample]) -> list[Sample]:
+        """Without the groups that teach nothing, where those count nowhere."""
+        objective = self._settings.objective
+        counted = objective.second_moment_limit is not None or objective.advantage not in GROUP_RELATIVE
+        if counted or not self._settings.skip_no_signal:
+            return samples
+        teaching = {sample.group_id for sample in samples if sample.advantage != 0.0}
+        return [sample for sample in samples if sample.group_id in teaching]
+
+    def _train_critic(self, critic: Critic, parts: Sequence[list[Sample]]) -> None:
+        sums = CriticSums()
+        for part in parts:
+            done = critic.train(pack(part, self._settings.pass_tokens))
+            sums = CriticSums(*(mine + theirs for mine, theirs in zip(astuple(sums), astuple(done), strict=True)))
+        samples = [sample for part in parts for sample in part]
+        if samples:
+            values, targets = (
+                np.concatenate([getattr(sample, name) for sample in samples]) for name in ("values", "returns")
+            )
+            self._extra["critic/loss"] = sums.loss / sums.tokens
+            self._extra["critic/grad_norm"] = sums.grad_norm / len(parts)
+            self._extra["critic/skipped"] = float(sums.skipped)
+            spread = float(np.var(targets))
+            self._extra["critic/explained"] = 1.0 - float(np.var(targets - values)) / spread if spread > 0 else 0.0
+
+    def _update(self, index: int = 0) -> bool:
+        """Normalises and applies what was gathered since the last update; False: it is not finite, nothing was changed."""
+        normaliser, self._normaliser = self._normaliser, 0.0
+        for source in self._sources:
+            addition = source.draw(self._version, index, normaliser)
+            done = self._ranks.train(self._even(addition.samples), addition.objective)
+            self._bad.extend(done.bad_samples)
+            name = addition.name
+            self._extra[f"{name}/tokens"] = self._extra.get(f"{name}/tokens", 0.0) + done.sums.tokens
+            if addition.counts:
+                normaliser += done.sums.normaliser
+                self._extra[f"{name}/ess"] = done.sums.metrics().get("correction/ess", 0.0)
+            else:
+                normaliser = normaliser if normaliser > 0 else 1.0
+                weight = sum(len(sample.targets) * sample.advantage for sample in addition.samples)
+                self._extra[f"{name}/loss"] = done.sums.loss / weight if weight else 0.0
+        if self._bad:
+            self._ranks.discard_gradient()
+            return False
+        if normaliser <= 0:
+            return True
+        norm = self._ranks.step(normaliser)
+        if norm is None:
+            self._bad = self._culprits() or [f"the gradient of {self._named_groups()}, as a whole"]
+            return False
+        self._norms.append(norm)
+        self._rounds.clear()
+        return True
+
+    def _named_groups(self, count: int = 8) -> str:
+        names = [group.group_id for group in self._groups if group.has_signal] or [g.group_id for g in self._groups]
+        return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
     def _take(self, group: Group) -> None:
         made = make_samples(group, self._version, self._settings.max_lag, self._settings.objective.advantage)
@@ -128,37 +224,12 @@ class StreamingStep:
         if made.has_signal or not self._settings.skip_no_signal or self._settings.whole_step:
             self._pending.extend(made.samples)
 
-    def _normalised(self, samples: list[Sample]) -> list[Sample]:
-        """The samples of the whole step with their advantages over it."""
-        if self._settings.objective.advantage not in STEP_NORMALISED or not samples:
-            return samples
-        advantages = normalised_over_step(
-            np.array([sample.advantage for sample in samples]), np.array([len(sample.targets) for sample in samples])
-        )
-        return [replace(sample, advantage=float(a)) for sample, a in zip(samples, advantages, strict=True)]
-
-    def _masked(self, samples: list[Sample]) -> list[Sample]:
-        """The samples of the whole step with its second-moment mask, which takes a forward pass of its own."""
-        limit = self._settings.objective.second_moment_limit
-        if limit is None or not samples:
-            return samples
-        bins = self._even(samples)
-        logp = np.concatenate(self._ranks.logprobs(bins, self._settings.objective))
-        ordered = [sample for members in bins for sample in members]
-        behaviour = np.concatenate([sample.behaviour for sample in ordered])
-        advantages = np.repeat([sample.advantage for sample in ordered], [len(sample.targets) for sample in ordered])
-        stays = step_mask(logp, behaviour, advantages.astype(np.float32), limit)
-        ends = np.cumsum([len(sample.targets) for sample in ordered])
-        return [
-            replace(sample, stays=stays[end - len(sample.targets) : end])
-            for sample, end in zip(ordered, ends, strict=True)
-        ]
-
     def _run(self, bins: list[list[Sample]]) -> None:
         if not bins:
             return
         done = self._ranks.train(bins, self._settings.objective)
         self._sums.add(done.sums)
+        self._normaliser += done.sums.normaliser
         self._bad.extend(done.bad_samples)
         self._passes += len(bins)
         width = self._ranks.width
@@ -190,16 +261,13 @@ def _span(sample: Sample) -> str:
     return f"{sample.group_id}/{sample.trajectory_id} tokens {first} to {last}"
 
 
-def _norm(norm: float | None) -> dict[str, float]:
-    return {} if norm is None else {"grad_norm": norm}
-
-
-def group_metrics(groups: Sequence[GroupSamples], applied: bool, passes: int) -> dict[str, float]:
-    """What a step says of its groups; ``applied``: whether the weights were updated."""
+def group_metrics(groups: Sequence[GroupSamples], left_out: Set[str], passes: int) -> dict[str, float]:
+    """What a step says of its groups; ``left_out``: ids of those that no update was made with, for want of a finite gradient."""
     rewards = np.array([reward for group in groups for reward in group.rewards.values()] or [np.nan])
     spans = [span for group in groups for span in group.version_spans]
     sampled = sum(group.sampled_tokens for group in groups)
-    trained = sum(group.usable_tokens for group in groups) if applied else 0
+    used = [group for group in groups if group.group_id not in left_out]
+    trained = sum(group.usable_tokens for group in used)
     with_signal = [group for group in groups if group.has_signal]
     metrics: dict[str, float] = {
         "groups/total": len(groups),
@@ -208,9 +276,8 @@ def group_metrics(groups: Sequence[GroupSamples], applied: bool, passes: int) ->
         "episodes/unrewarded": sum(group.unrewarded for group in groups),
         "tokens/trained": trained,
         "tokens/masked": sampled - trained,
-        "tokens/with_signal": sum(group.usable_tokens for group in with_signal) if applied else 0,
+        "tokens/with_signal": sum(group.usable_tokens for group in used if group.has_signal),
         "passes": passes,
-        "step/skipped": 0 if applied else 1,
     }
     if not np.isnan(rewards).all():
         metrics["reward/mean"] = float(rewards.mean())

@@ -119,7 +119,8 @@ class SyntheticLearner:
         self.version += 1
         return {
             "loss": 0.0,
-            **group_metrics(groups, applied=True, passes=0),
+            **group_metrics(groups, left_out=frozenset(), passes=0),
+            "step/skipped": 0.0,
             "steps/skipped": 0.0,
             "updates": float(self.version),
             "tokens/passed": float(self._tokens),

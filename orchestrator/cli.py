@@ -54,6 +54,7 @@ def _plugins() -> list[Any]:
 def main() -> None:
     """Train long-horizon language-model agents with asynchronous reinforcement learning."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is imported, here and in actors
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 

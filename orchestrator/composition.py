@@ -114,6 +114,8 @@ def _resolved(merged: DictConfig, origins: dict[str, Origin]) -> Composed[Any]:
 
 def _refused(where: str, error: Exception, key: str = "") -> ConfigError:
     reason = str(getattr(error, "msg", None) or error).strip().split("\n")[0]
+    if "is not a ListConfig" in reason:
+        reason = "must be a list, written [first,second]"
     full_key = key or str(getattr(error, "full_key", "") or "")
     return ConfigError(f"{where}: {full_key}: {reason}" if full_key else f"{where}: {reason}")
 
@@ -154,6 +156,9 @@ def locate(name: str) -> Path:
     bare = len(path.parts) == 1 and path.suffix in ("", ".yaml")
     if bare and path.stem in packaged_names():
         return Path(str(resources.files("configs"))) / f"{path.stem}.yaml"
+    packaged = Path(str(resources.files("configs"))) / f"{name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 2 and path.parts[0] == "objectives" and packaged.is_file():
+        return packaged
     near = difflib.get_close_matches(path.stem, packaged_names(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near and bare else ""
     raise ConfigError(

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import yaml
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from env_pool.config import EnvironmentsConfig, RewardConfig, TasksConfig
 from experience.config import QueueConfig, StalenessConfig
 from learner.config import LearnerConfig, ModelConfig
-from learner.objectives.config import GROUP_RELATIVE
+from learner.objectives.names import GROUP_RELATIVE
 from learner.objectives.presets import PRESETS
 from orchestrator.composition import ConfigError, Origin, compose, leaves
 from orchestrator.fleet_config import FleetConfig
@@ -167,8 +168,8 @@ def resolve_objective(config: Config) -> Config:
     for key, value in PRESETS[name].settings.items():
         origin = config.origins.get(key)
         if origin is None or origin.layer < chosen.layer:
-            section, field_name = key.split(".")
-            setattr(getattr(resolved, section), field_name, value)
+            *sections, field_name = key.split(".")
+            setattr(reduce(getattr, sections, resolved), field_name, value)
     learner = resolved.learner
     if learner.aggregation == "constant" and learner.constant_length is None:
         learner.constant_length = resolved.rollout.max_episode_tokens
@@ -243,10 +244,36 @@ def _validate_together(config: Config) -> None:
             f"learner.advantage={config.learner.advantage} compares the episodes of a group, and rollout.group_size=1 leaves "
             "nothing to compare: every advantage would be 0; use groups of 2 or more, or learner.advantage=reinforce_pp"
         )
+    _validate_every(config)
+    if config.rollout.group_size == 1 and config.queue.require_signal:
+        raise ValueError(
+            "queue.require_signal=true drops groups whose rewards are all equal, and with rollout.group_size=1 that is every "
+            "group; use groups of 2 or more, or queue.require_signal=false"
+        )
+    if config.learner.updates_per_step > config.rollout.groups_per_update:
+        raise ValueError(
+            f"learner.updates_per_step={config.learner.updates_per_step} cannot be more than rollout.groups_per_update="
+            f"{config.rollout.groups_per_update}: every update needs a group"
+        )
+    if config.learner.backend == "synthetic" and config.queue.require_signal:
+        raise ValueError(
+            "queue.require_signal=true can have no meaning with modelled episodes, which have no real rewards"
+        )
     if "synthetic" in (config.engines.kind, config.learner.backend):
         _validate_synthetic(config)
     if config.run.deterministic:
         _validate_deterministic(config)
+
+
+def _validate_every(config: Config) -> None:
+    every, max_lag = config.weights.every, config.staleness.max_lag
+    if every > 1 and config.mode == "sync":
+        raise ValueError(f"mode=sync is on-policy for every token, and weights.every={every} is not: set it to 1")
+    if every > max_lag + 1:
+        raise ValueError(
+            f"weights.every={every} lets engines sample with weights up to {every - 1} updates old, and "
+            f"staleness.max_lag={max_lag} takes those tokens out of the loss: set it to {every - 1} or more"
+        )
 
 
 def _validate_synthetic(config: Config) -> None:

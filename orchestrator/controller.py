@@ -29,6 +29,7 @@ from env_pool.registry import TaskSource
 from experience.accounting import Cause
 from experience.books import clock, open_books
 from experience.entries import EventKind, InFlight, QueueEvent
+from experience.queue import NO_SIGNAL
 from experience.records import GroupHeader
 from experience.transport.lane import LaneLostError, LaneServer, OverLane
 from experience.wire import decode, encode
@@ -38,7 +39,7 @@ from orchestrator.control import ControlServer
 from orchestrator.crew import CrewEvents, EngineCrew
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.evaluations import Evaluations
-from orchestrator.failures import FailureMonitor
+from orchestrator.failures import FailureMonitor, SignalMonitor
 from orchestrator.fleet_log import FleetLog
 from orchestrator.pacer import Pacer
 from orchestrator.processes import Processes, worker_name
@@ -83,6 +84,7 @@ class Controller:
             config.seed,
         )
         self._failures = FailureMonitor()
+        self._signal = SignalMonitor(config.queue.max_without_signal)
         self._workforce = Workforce()
         self._workers = self._workforce.handles
         """Workers that take assignments, by name."""
@@ -149,6 +151,7 @@ class Controller:
             work.cancel()
             for task in self._tasks:
                 task.cancel()
+            await self._crew.stop()
             await self._supervisor.stop()
             self._lane.close()
             self.progress.close()
@@ -351,12 +354,18 @@ class Controller:
                 if event.kind is EventKind.RETURNED:
                     self._dispatcher.returned(event.group_id)
                     self.progress.dropped(event.reason)
+                    if event.reason == NO_SIGNAL:
+                        self._signal.dropped()
                     cancelled += [event.group_id] if event.episodes else []
                 elif event.kind in (EventKind.READY, EventKind.CLOSED):
                     self._dispatcher.finished(event.group_id)
+                    self._signal.ready()
                     cancelled += [event.group_id] if event.episodes else []
             if cancelled:
                 await self._workforce.tell("cancel", cancelled)
+            verdict = self._signal.verdict()
+            if verdict is not None:
+                raise RunFailed(verdict)
             if events:
                 self._watchdog.touch()
                 await self._pump()
@@ -404,6 +413,9 @@ class Controller:
         self._watchdog.trained()
         metrics = metrics | self._pacer.trained(metrics)
         self._dispatcher.pace(self._pacer.policy)
+        if version % self._config.weights.every:
+            self._dispatcher.trained(version)
+            await self._pump()
         metrics = metrics | {f"kv/{name}": value for name, value in self._pulses.kv().items()}
         self.progress.step(version, metrics, ledger, self._dispatcher, self._accountant)
 

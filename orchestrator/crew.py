@@ -34,12 +34,14 @@ from orchestrator.processes import Processes, engine_name
 from orchestrator.pulses import Pulses
 from orchestrator.run_plan import RunPlan
 from orchestrator.scaling import ScaleError, parse_change, plan_scale
+from orchestrator.stagers import Stagers
 from orchestrator.stuck_actors import StuckActors
 from orchestrator.supervisor import Actor, Role, Supervisor, first_line
 from orchestrator.workforce import Workforce
 from rollout_workers.disaggregation.roles import Flip
 from rollout_workers.engines.protocol import EngineHealth, EngineRole
 from weight_sync.membership import MemberState
+from weight_sync.relay.relayed import Relayed
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +106,20 @@ class EngineCrew:
         self._prober = Prober(ProbePolicy(plan.config.fleet), self.fleet.held, self._condemn)
         self._next_index = plan.config.engines.count
         self._scaling = asyncio.Lock()
+        self._relay: Stagers | None = None
+        if plan.config.weights.transport == "relay":
+            self._relay = Stagers(processes.stager, events.happened)
+        self._relayed = Relayed()
         self.role = Role(ROLE, self._spawn, self._ready, self._lost)
 
     async def run_probes(self) -> None:
         """For ever."""
         await self._prober.run()
+
+    async def stop(self) -> None:
+        """Nothing of the weights stays behind."""
+        if self._relay is not None:
+            await self._relay.stop()
 
     async def run_roles(self, pulses: Pulses) -> None:
         """Have engines prefill or decode as their load says; for ever."""
@@ -298,20 +309,66 @@ class EngineCrew:
         """Move the learner's prepared version to ``members``; returns who has it."""
         if not members:
             return []
-        learner = self._learner()
         limit = self._config.weights.timeout_s
         try:
             async with asyncio.timeout(limit):
-                offer = await learner.offer.remote(version, [name for name, _ in members])
-                calls = [learner.send.remote(), *(handle.stage.remote(offer) for _, handle in members)]
-                results = await asyncio.gather(*(_resolve(call) for call in calls), return_exceptions=True)
+                if self._relay is not None and await self._from_stagers(version, members):
+                    return [name for name, _ in members]
+                results = await self._offered(version, members)
         except TimeoutError:
             logger.error("version %d: no transfer to %s within %s s", version, [n for n, _ in members], limit)
+            await self._cancel_send()
             return []
         for result in results:
             if isinstance(result, BaseException):
                 logger.error("version %d: transfer: %s", version, first_line(result))
+        for (name, _), result in zip(members, results[1:], strict=True):
+            if isinstance(result, ray.exceptions.RayActorError):
+                self.fleet.lost(name, f"it was gone when version {version} came")
         return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
+
+    async def _offered(self, version: int, members: list[tuple[str, Any]]) -> list[Any]:
+        """What `send` and each member's `stage` returned, or their errors."""
+        learner = self._learner()
+        offer: bytes = await learner.offer.remote(version, [name for name, _ in members])
+        if self._relay is not None:
+            self._relayed.add(offer)
+            offer = await self._relay.route(offer, members)
+        stages = [asyncio.ensure_future(self._stage(handle, offer)) for _, handle in members]
+        return await asyncio.gather(_resolve(learner.send.remote()), *stages, return_exceptions=True)
+
+    async def _stage(self, handle: Any, offer: bytes) -> Any:
+        """An engine that fails holds up a broadcast for nobody."""
+        try:
+            return await handle.stage.remote(offer)
+        except Exception:
+            await self._cancel_send()
+            raise
+
+    async def _cancel_send(self) -> None:
+        try:
+            await self._learner().cancel_send.remote()
+        except Exception as error:  # noqa: BLE001 - a learner that is gone sends nothing, and its loss is told elsewhere
+            logger.info("no transfer could be ended: %s", first_line(error))
+
+    async def _from_stagers(self, version: int, members: list[tuple[str, Any]]) -> bool:
+        """Give engines that join a version that was published before, without the learner; False if that cannot be."""
+        assert self._relay is not None
+        offers = self._relayed.offers_of(version)
+        if not offers:
+            return False
+        try:
+            for offer in offers:
+                routed = await self._relay.route(offer, members)
+                await asyncio.gather(*(_resolve(handle.stage.remote(routed)) for _, handle in members))
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the learner has it, too
+            logger.warning("version %d cannot be had from stagers: %s", version, first_line(error))
+            return False
+        for name, _ in members:
+            await self._learner().taken.remote(name, version)
+        return True
 
     def _learner(self) -> Any:
         return self._supervisor.actors["learner-0"].handle

@@ -60,6 +60,7 @@ class Dispatcher:
         self.dispatched = 0
         self.slots_returned = 0
         self.version = 0
+        self._trained = 0
 
     def pace(self, policy: StalenessPolicy) -> None:
         """Another policy decides from now on; what was started stays."""
@@ -82,7 +83,7 @@ class Dispatcher:
     @property
     def paced(self) -> bool:
         """Pacing forbids another group at the present version."""
-        return self._policy.admit(Progress(self.dispatched, self.slots_returned, self.version)) <= 0
+        return self._policy.admit(Progress(self.dispatched, self.slots_returned, max(self.version, self._trained))) <= 0
 
     def oldest_in_flight(self, count: int) -> list[str]:
         """The groups that were started first and are not finished, with their worker: for messages."""
@@ -126,6 +127,10 @@ class Dispatcher:
     def version_served(self, version: int) -> None:
         """``version`` is now the oldest that any engine serves."""
         self.version = max(self.version, version)
+
+    def trained(self, version: int) -> None:
+        """The learner is at ``version``, and will not publish it: what paces is how far it is, not what engines serve."""
+        self._trained = max(self._trained, version)
 
     def returned(self, group_id: str) -> None:
         """A group was dropped: its pacing slot is free again."""

@@ -54,6 +54,39 @@ class FailureMonitor:
         )
 
 
+class SignalMonitor:
+    """Ends a run in which no group has any signal, so that refilling cannot go on for ever.
+
+    >>> monitor = SignalMonitor(limit=2)
+    >>> monitor.dropped(); monitor.verdict() is None
+    True
+    >>> monitor.dropped(); monitor.verdict().startswith("2 groups in a row had no signal")
+    True
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def dropped(self) -> None:
+        """A group was dropped for want of signal."""
+        self._in_a_row += 1
+
+    def ready(self) -> None:
+        """A group had signal."""
+        self._in_a_row = 0
+
+    def verdict(self) -> str | None:
+        """Why the run must end, or None."""
+        if self._in_a_row < self._limit:
+            return None
+        return (
+            f"{self._in_a_row} groups in a row had no signal: all episodes of each had the same reward, and queue.require_signal "
+            "drops such groups. The tasks are too easy or too hard for the model, or the reward is constant: choose other tasks, "
+            "larger groups (rollout.group_size), or queue.require_signal=false"
+        )
+
+
 class RestartBudget:
     """How often an actor may be replaced: ``limit`` times within any ``window_s`` seconds, per role."""
 

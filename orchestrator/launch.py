@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ from orchestrator.recipes import RECIPES
 from orchestrator.run_directory import RunDirectory
 from orchestrator.snapshot import Snapshot
 from orchestrator.view import LiveView
+from rollout_workers.engines.config import SERVERS
+from rollout_workers.errors import EngineFault
 from rollout_workers.loops import load_loop
 
 logger = logging.getLogger(__name__)
@@ -76,8 +79,6 @@ def check(config: Config) -> None:
     _try_user_code("tasks.environment", f"{name} (make_task)", lambda: tasks.task(0))
     for kind in (reward.kind for reward in config.rewards if reward.kind != "rule"):
         _try_user_code("rewards", kind, partial(load_object, kind, "rewards"))
-    if config.weights.every != 1:
-        raise ConfigError(f"weights.every={config.weights.every} is not built yet: leave it 1")
     if config.model.path is not None:
         check_model(Path(config.model.path), config.rollout.loop, config.engines.max_len)
         if config.engines.kind == "synthetic":
@@ -86,6 +87,17 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.recipe: there is no recipe {config.model.recipe!r}; there are {', '.join(RECIPES)}, or give model.path"
         )
+    if config.engines.kind in SERVERS and config.cluster.address == "local":  # else the engines are on other machines
+        _check_servers(config)
+
+
+def _check_servers(config: Config) -> None:
+    from rollout_workers.engines.servers.preflight import look_at_servers
+
+    try:
+        asyncio.run(look_at_servers(config.engines))
+    except EngineFault as error:
+        raise ConfigError(str(error)) from error
 
 
 def _try_user_code(key: str, name: str, attempt: Callable[[], Any]) -> None:

@@ -129,12 +129,21 @@ class Processes:
         gpus = 0.0 if settings.ranks else self.resources.learner_gpus
         return self._actor(LearnerActor, "learner", index, attempt, gpus, f"learner-{index}.{attempt}", settings)
 
+    def stager(self, node: str) -> Any:
+        """What holds weights on a node, for the engines there."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from weight_sync.relay.stager import StagerActor
+
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return self._actor(StagerActor, "stager", node[:8], 0, 0, strategy=strategy)
+
     def _ranks(self, attempt: int) -> tuple[Any, ...]:
         """The actors of a learner of several ranks; none for a learner that trains in its own process."""
         from learner.backends.rank_actor import RankActor, RankSettings
 
         learner, resources = self.config.learner, self.resources
-        if learner.ranks == 1 or learner.backend == "synthetic":
+        if learner.backend == "synthetic" or (learner.ranks == 1 and learner.backend != "megatron"):
             return ()
         threads = max(1, resources.learner_threads // learner.ranks)
         group = placement_group([_bundle(resources.learner_gpus)] * learner.ranks, strategy="PACK")
@@ -179,7 +188,7 @@ class Processes:
         return [str(path) for path in sorted(self.run.episodes.glob("worker-*")) if path not in alive]
 
     def _actor(
-        self, kind: type, role: str, index: int, attempt: int, gpus: float, *arguments: Any, strategy: Any = None
+        self, kind: type, role: str, index: int | str, attempt: int, gpus: float, *arguments: Any, strategy: Any = None
     ) -> Any:
         remote = ray.remote(logged(kind))
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": MAX_CALLS, "max_restarts": 0}

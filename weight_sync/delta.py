@@ -9,19 +9,19 @@ positions   distances between changed words, one byte each; a distance of 255 or
 values      how much each word changed as an integer (modulo its width), zigzag, in the fewest bytes that hold all
 ==========  ==================================================================================================
 
-A tensor that changed too much to gain travels whole. Every encoded version names the version it applies to and the checksums of
-both, so applying it to anything else is refused. Pure: numpy in, bytes out, no torch.
+A tensor that changed too much to gain travels whole. Every encoded version names the version it applies to and, for each tensor,
+the checksums before and after, so applying it to anything else is refused. Pure: numpy in, bytes out, no torch.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from weight_sync.checksums import block_checksum
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import ITEM_SIZES, Manifest, TensorSpec
 
@@ -39,6 +39,10 @@ class TensorDelta(msgspec.Struct, frozen=True, array_like=True):
     """Bytes of one entry of ``values``: 1, 2, 4 or 8."""
     positions: bytes
     values: bytes
+    before: int = 0
+    """Checksum of the tensor that it applies to."""
+    after: int = 0
+    """Checksum of the tensor that comes out."""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,34 +50,34 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     base: int
-    base_checksum: int
-    """CRC-32 of the bytes that it applies to."""
-    checksum: int
-    """CRC-32 of the bytes that come out."""
     tensors: tuple[TensorDelta, ...]
 
 
 _DECODER = msgspec.msgpack.Decoder(Delta)
 
 
-def checksum_of(flat: Bytes) -> int:
-    """CRC-32 of a flat layout."""
-    return zlib.crc32(flat.data)
+def checksums_of(manifest: Manifest, flat: Bytes) -> list[int]:
+    """Of each tensor of a flat layout."""
+    return [block_checksum(flat[spec.offset : spec.offset + spec.nbytes]) for spec in manifest.tensors]
 
 
-def encode_delta(manifest: Manifest, base: int, old: Bytes, new: Bytes) -> bytes:
+def encode_delta(
+    manifest: Manifest, base: int, old: Bytes, new: Bytes, sums: tuple[Sequence[int], Sequence[int]] | None = None
+) -> bytes:
     """``new`` (version ``manifest.version``) as the change of ``old`` (version ``base``); both uint8 [total_bytes].
 
-    Raises WeightTransferError if the layouts have another size than the manifest.
+    ``sums`` are the checksums of the tensors of both, where they are known. Raises WeightTransferError if the layouts have
+    another size than the manifest.
     """
     for name, flat in (("old", old), ("new", new)):
         if len(flat) != manifest.total_bytes:
             raise WeightTransferError(f"the {name} weights have {len(flat)} bytes, the manifest {manifest.total_bytes}")
-    tensors = tuple(_encode_tensor(_words(old, spec), _words(new, spec)) for spec in manifest.tensors)
-    delta = Delta(
-        version=manifest.version, base=base, base_checksum=checksum_of(old), checksum=checksum_of(new), tensors=tensors
-    )
-    return msgspec.msgpack.encode(delta)
+    before, after = sums or (checksums_of(manifest, old), checksums_of(manifest, new))
+    tensors = []
+    for spec, *both in zip(manifest.tensors, before, after, strict=True):
+        change = _encode_tensor(_words(old, spec), _words(new, spec))
+        tensors.append(msgspec.structs.replace(change, before=both[0], after=both[1]))
+    return msgspec.msgpack.encode(Delta(version=manifest.version, base=base, tensors=tuple(tensors)))
 
 
 def decode_delta(data: bytes) -> Delta:
@@ -96,19 +100,19 @@ def apply_delta(manifest: Manifest, delta: Delta, flat: Bytes, holds: int) -> No
         )
     if len(delta.tensors) != len(manifest.tensors) or len(flat) != manifest.total_bytes:
         raise WeightTransferError(f"version {delta.version} is a change of other tensors than its manifest names")
-    if checksum_of(flat) != delta.base_checksum:
-        raise WeightTransferError(
-            f"what is here as version {holds} is not what version {delta.version} was made from (other checksum): ask for "
-            "a full copy"
-        )
+    for spec, change, found in zip(manifest.tensors, delta.tensors, checksums_of(manifest, flat), strict=True):
+        if found != change.before:
+            raise WeightTransferError(
+                f"tensor {spec.name} is here as version {holds}, and not what version {delta.version} was made from "
+                f"(checksum {found:08x} instead of {change.before:08x}): ask for a full copy"
+            )
     for spec, change in zip(manifest.tensors, delta.tensors, strict=True):
-        _apply_tensor(spec, change, _words(flat, spec))
-    found = checksum_of(flat)
-    if found != delta.checksum:
-        raise WeightTransferError(
-            f"version {delta.version} came out with checksum {found:08x} instead of {delta.checksum:08x}: the change was "
-            "damaged, ask for a full copy"
-        )
+        found = change.before
+        if change.count:
+            _apply_tensor(spec, change, _words(flat, spec))
+            found = block_checksum(flat[spec.offset : spec.offset + spec.nbytes])
+        if found != change.after:
+            raise _broken(spec, f"came out with checksum {found:08x} instead of {change.after:08x}")
 
 
 def changed_share(delta: Delta, manifest: Manifest) -> float:
@@ -171,7 +175,7 @@ def _broken(spec: TensorSpec, what: str) -> WeightTransferError:
 
 
 class DeltaChain:
-    """The sender's side: which versions travel whole and which as changes. Pure but for the copy of the last version.
+    """The sender's side: which versions travel whole and which as changes. Keeps no weights of its own but the last ones given.
 
     Every ``snapshot_every``-th version is whole, so that an error (there should be none) lives no longer than that.
     """
@@ -180,21 +184,22 @@ class DeltaChain:
         if snapshot_every < 1:
             raise ValueError(f"weights.delta_snapshot_every={snapshot_every} must be at least 1")
         self._every = snapshot_every
-        self._last: tuple[int, Manifest, Bytes] | None = None
+        self._last: tuple[Manifest, Bytes, Sequence[int]] | None = None
         self._since_snapshot = 0
 
     def take(self, manifest: Manifest, flat: Bytes) -> bytes | None:
         """The encoded change that leads to this version; None when it must travel whole. Keeps ``flat``."""
+        sums = manifest.checksums or checksums_of(manifest, flat)
         encoded = None
         if self._last is not None and self._since_snapshot + 1 < self._every:
-            base, before, old = self._last
+            before, old, old_sums = self._last
             if before.tensors == manifest.tensors:
-                encoded = encode_delta(manifest, base, old, flat)
+                encoded = encode_delta(manifest, before.version, old, flat, (old_sums, sums))
         self._since_snapshot = self._since_snapshot + 1 if encoded is not None else 0
-        self._last = manifest.version, manifest, flat
+        self._last = manifest, flat, sums
         return encoded
 
     def versions(self) -> Iterator[int]:
         """The version that the next change applies to, if there is one."""
         if self._last is not None:
-            yield self._last[0]
+            yield self._last[0].version

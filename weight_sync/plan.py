@@ -54,7 +54,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     buckets: tuple[Bucket, ...]
     total_bytes: int
     checksums: tuple[int, ...] = ()
-    """CRC-32 of each bucket's bytes; empty when none were taken."""
+    """Of each tensor's bytes (`weight_sync.checksums`); empty when none were taken."""
 
     @property
     def largest_bucket(self) -> int:
@@ -77,8 +77,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             covered, start = bucket.last, bucket.end
         if covered != len(self.tensors) or start != self.total_bytes:
             raise self._broken("buckets and total size disagree")
-        if self.checksums and len(self.checksums) != len(self.buckets):
-            raise self._broken("it must have one checksum per bucket")
+        if self.checksums and len(self.checksums) != len(self.tensors):
+            raise self._broken("it must have one checksum per tensor")
 
     def _broken(self, what: str) -> WeightTransferError:
         return WeightTransferError(f"manifest of version {self.version}: {what}")
@@ -95,25 +95,60 @@ def tensor_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
     return prod(shape) * ITEM_SIZES[dtype]
 
 
+class PlanBuilder:
+    """Lays tensors out one after another, as they come, and cuts the layout into buckets."""
+
+    def __init__(self, version: int, bucket_bytes: int) -> None:
+        self._version, self._bucket_bytes = version, bucket_bytes
+        self._specs: list[TensorSpec] = []
+        self._buckets: list[Bucket] = []
+        self._seen: set[str] = set()
+        self._start = self._first = self._position = 0
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Index and first byte of the bucket that the last tensor lies in."""
+        return len(self._buckets), self._start
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
+        """The place of the next tensor. Raises WeightTransferError for a dtype that cannot be sent or a name given twice."""
+        if name in self._seen:
+            raise WeightTransferError(f"tensor {name} was given twice: send weights that share storage once")
+        self._seen.add(name)
+        nbytes, count = tensor_bytes(name, shape, dtype), len(self._specs)
+        if count > self._first and self._position + nbytes - self._start > self._bucket_bytes:
+            self._buckets.append(Bucket(self._start, self._position, self._first, count))
+            self._start, self._first = self._position, count
+        spec = TensorSpec(name, tuple(shape), dtype, self._position, nbytes)
+        self._specs.append(spec)
+        self._position += padded(nbytes)
+        return spec
+
+    def manifest(self, checksums: Iterable[int] = ()) -> Manifest:
+        """The plan of all tensors so far."""
+        buckets = list(self._buckets)
+        if self._specs:
+            buckets.append(Bucket(self._start, self._position, self._first, len(self._specs)))
+        return Manifest(
+            version=self._version,
+            tensors=tuple(self._specs),
+            buckets=tuple(buckets),
+            total_bytes=self._position,
+            checksums=tuple(checksums),
+        )
+
+
+def padded(nbytes: int) -> int:
+    """Bytes that a tensor takes in the layout."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def make_plan(version: int, tensors: Iterable[tuple[str, tuple[int, ...], str]], bucket_bytes: int) -> Manifest:
     """Lays tensors, given as ``(name, shape, dtype)``, out in the order given and cuts the layout into buckets.
 
     Raises WeightTransferError for a dtype that cannot be sent and for a name that occurs twice.
     """
-    specs: list[TensorSpec] = []
-    buckets: list[Bucket] = []
-    seen: set[str] = set()
-    start = first = position = 0
-    for index, (name, shape, dtype) in enumerate(tensors):
-        if name in seen:
-            raise WeightTransferError(f"tensor {name} was given twice: send weights that share storage once")
-        seen.add(name)
-        nbytes = tensor_bytes(name, shape, dtype)
-        if index > first and position + nbytes - start > bucket_bytes:
-            buckets.append(Bucket(start, position, first, index))
-            start, first = position, index
-        specs.append(TensorSpec(name, tuple(shape), dtype, position, nbytes))
-        position += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    if specs:
-        buckets.append(Bucket(start, position, first, len(specs)))
-    return Manifest(version=version, tensors=tuple(specs), buckets=tuple(buckets), total_bytes=position)
+    builder = PlanBuilder(version, bucket_bytes)
+    for name, shape, dtype in tensors:
+        builder.add(name, shape, dtype)
+    return builder.manifest()

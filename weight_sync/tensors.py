@@ -2,48 +2,74 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-import msgspec
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from weight_sync.checksums import block_checksum
 from weight_sync.errors import WeightTransferError
-from weight_sync.plan import Bucket, Manifest, TensorSpec, make_plan
+from weight_sync.plan import Bucket, Manifest, PlanBuilder, TensorSpec
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+"""Tensors by Hugging Face name. An iterator is walked once, tensor by tensor, and nothing that it gave is kept."""
+
+Place = Callable[[PlanBuilder, TensorSpec], torch.Tensor]
+"""Where a tensor that has just been planned goes: contiguous uint8 [nbytes]."""
+
+
+def each_once(named: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in order, each storage once: of tied weights the first name stays."""
+    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], StorageWeakRef] = {}
+    for name, tensor in named:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        # The address of a tensor that is gone may have been given to another one.
+        if tensor.numel() > 0 and key in seen and not seen[key].expired():
+            continue
+        seen[key] = StorageWeakRef(tensor.untyped_storage())
+        yield name, tensor.detach()
 
 
 def unique_tensors(named: NamedTensors) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in order, each storage once: of tied weights the first name stays."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    kept: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in named:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.numel() > 0 and key in seen:
-            continue
-        seen.add(key)
-        kept.append((name, tensor.detach()))
-    return kept
+    """`each_once`, all at the same time."""
+    return list(each_once(named))
 
 
-def plan_tensors(version: int, named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Manifest:
-    """The plan of these tensors."""
-    described = ((name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in named)
-    return make_plan(version, described, bucket_bytes)
+def pack(version: int, named: NamedTensors, bucket_bytes: int, place: Place, *, checksums: bool) -> Manifest:
+    """Copies every tensor to where ``place`` says, one after another; returns the plan that came of it.
+
+    Raises WeightTransferError for tensors that cannot be laid out.
+    """
+    builder = PlanBuilder(version, bucket_bytes)
+    sums: list[int] = []
+    for name, tensor in each_once(named):
+        spec = builder.add(name, tuple(tensor.shape), dtype_name(tensor))
+        target = place(builder, spec)
+        typed(target, spec).copy_(tensor)
+        if checksums:
+            sums.append(checksum(target))
+    return builder.manifest(sums)
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def typed(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The bytes of a tensor, uint8 [nbytes], as that tensor."""
+    return data.view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 def view_of(flat: torch.Tensor, spec: TensorSpec, start: int = 0) -> torch.Tensor:
     """The tensor ``spec`` as a view of ``flat`` (uint8), whose first byte is byte ``start`` of the layout."""
-    dtype = getattr(torch, spec.dtype)
-    begin = spec.offset - start
-    return flat[begin : begin + spec.nbytes].view(dtype).view(spec.shape)
+    return typed(flat[spec.offset - start : spec.offset - start + spec.nbytes], spec)
 
 
-def pack(flat: torch.Tensor, manifest: Manifest, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copies every tensor to its place in ``flat`` (uint8, at least ``total_bytes`` long)."""
-    for spec, (_, tensor) in zip(manifest.tensors, named, strict=True):
-        view_of(flat, spec).copy_(tensor)
+def tensors_of(manifest: Manifest, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors as views of the whole layout (uint8)."""
+    for spec in manifest.tensors:
+        yield spec.name, view_of(flat, spec)
 
 
 def bucket_tensors(manifest: Manifest, bucket: Bucket, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -53,23 +79,25 @@ def bucket_tensors(manifest: Manifest, bucket: Bucket, data: torch.Tensor) -> It
 
 
 def checksum(data: torch.Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous uint8 CPU tensor."""
-    return zlib.crc32(data.numpy().data)
-
-
-def with_checksums(manifest: Manifest, flat: torch.Tensor) -> Manifest:
-    """The manifest with the checksum of each bucket of ``flat`` (a CPU tensor)."""
-    sums = tuple(checksum(flat[bucket.start : bucket.end]) for bucket in manifest.buckets)
-    return msgspec.structs.replace(manifest, checksums=sums)
+    """Of the bytes of a contiguous uint8 CPU tensor (see `weight_sync.checksums`)."""
+    return block_checksum(data.numpy())
 
 
 def verify_bucket(manifest: Manifest, index: int, data: torch.Tensor) -> None:
-    """Raises WeightTransferError if the bucket's bytes are not those that were offered."""
+    """Raises WeightTransferError if a tensor of the bucket does not have the bytes that were offered."""
     if not manifest.checksums or data.device.type != "cpu":
         return
-    found = checksum(data)
-    if found != manifest.checksums[index]:
+    bucket, flat = manifest.buckets[index], data.numpy()
+    for number in range(bucket.first, bucket.last):
+        spec = manifest.tensors[number]
+        begin = spec.offset - bucket.start
+        expect_checksum(manifest, number, block_checksum(flat[begin : begin + spec.nbytes]))
+
+
+def expect_checksum(manifest: Manifest, number: int, found: int) -> None:
+    """Raises WeightTransferError if tensor ``number`` was offered with another checksum."""
+    if found != manifest.checksums[number]:
         raise WeightTransferError(
-            f"version {manifest.version}, bucket {index} of {len(manifest.buckets)}: checksum {found:08x} instead of "
-            f"{manifest.checksums[index]:08x}; the bytes were damaged or overwritten, fetch again"
+            f"version {manifest.version}, tensor {manifest.tensors[number].name}: checksum {found:08x} instead of "
+            f"{manifest.checksums[number]:08x}; the bytes were damaged or overwritten, fetch again"
         )

@@ -17,6 +17,7 @@ from typing import Any
 from env_pool.config import RewardConfig
 from env_pool.environment import VerifierResult
 from env_pool.registry import load_environment, load_object
+from env_pool.rewards.length import Overlong
 from env_pool.rewards.records import RewardSample
 from env_pool.runner import HungError, Runner, within
 
@@ -75,7 +76,8 @@ def rule(sample: RewardSample) -> VerifierResult:
 def load_branch(config: RewardConfig) -> Branch:
     """Build a branch. Raises ValueError when ``kind`` names nothing, or something that cannot score."""
     config.validate()
-    found = rule if config.kind == "rule" else load_object(config.kind, "rewards: kind")
+    bundled: dict[str, Any] = {"rule": rule, "overlong": Overlong}
+    found = bundled.get(config.kind) or load_object(config.kind, "rewards: kind")
     retry = RetryOnFailure(config.retries)
     return Branch(config.label, config.weight, config.timeout_s, retry, _as_score(found, config))
 

@@ -35,12 +35,12 @@ class FrozenModel:
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """[n, vocabulary] at the batch's positions."""
+        """[m, vocabulary] of what the batch asks (`MicroBatch.asked`)."""
         output = self._model(
             input_ids=batch.inputs,
             position_ids=batch.position_ids,
             use_cache=False,
-            logits_to_keep=batch.positions,
+            logits_to_keep=batch.asked.positions,
             ragged=batch.layout,
         )
         logits: torch.Tensor = output.logits[0]
@@ -49,7 +49,8 @@ class FrozenModel:
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """Of the batch's targets at the temperature that they were sampled with, float32 [n]."""
-        return token_logprobs(self.logits(batch), batch.targets, batch.inverse_temperatures)[0]
+        asked = batch.asked
+        return batch.spread(token_logprobs(self.logits(batch), asked.targets, asked.inverse_temperatures)[0])
 
     def take(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy the weights of a model of the same shape in. Raises CheckpointError if they are another model's."""

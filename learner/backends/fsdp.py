@@ -15,21 +15,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from learner.backends.batch_loss import batch_loss
 from learner.backends.frozen import FrozenModel
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
 from learner.backends.sharding import as_sharded, shard, whole
-from learner.batching import MicroBatch, Sample, collate
+from learner.batching import MicroBatch, idle_batch
 from learner.config import LearnerConfig
 from learner.errors import CheckpointError
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.policy_loss import TokenInputs, policy_loss
 from learner.objectives.regularisers import distillation_loss
-from learner.objectives.sums import TokenSums, sum_tokens
 from learner.objectives.token_statistics import token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -59,6 +57,7 @@ class FsdpBackend:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        self.sharing = None if _has_dropout(self._model.config) else config.sharing
         self._world = world
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
@@ -67,7 +66,7 @@ class FsdpBackend:
         self._moments = MOMENTS[config.optimizer]
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
-        if config.kl_coef > 0:
+        if config.kl_coef > 0 and config.kl_place == "loss":
             place = config.reference or initial or path
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         self._teacher: FrozenModel | None = None
@@ -83,21 +82,30 @@ class FsdpBackend:
             "dtype": str(self._dtype).removeprefix("torch."),
             "data_parallel": self._world,
             "places": list(range(self._world)),
+            "shares_prefixes": self.sharing is not None,
         }
 
     def logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of the batch's targets, float32 [n] each, with gradient."""
-        return token_logprobs(
-            self._logits(batch), batch.targets, batch.inverse_temperatures, entropy_gradient=entropy_gradient
+        return self._statistics(batch, self._logits(batch), entropy_gradient)
+
+    def _statistics(
+        self, batch: MicroBatch, logits: torch.Tensor, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = batch.asked
+        logp, entropies = token_logprobs(
+            logits, asked.targets, asked.inverse_temperatures, entropy_gradient=entropy_gradient
         )
+        return batch.spread(logp), batch.spread(entropies)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[m, vocabulary] of what the batch asks."""
         with self._autocast():
             output = self._model(
                 input_ids=batch.inputs,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                logits_to_keep=batch.positions,
+                logits_to_keep=batch.asked.positions,
                 ragged=batch.layout,
             )
         logits: torch.Tensor = output.logits[0]
@@ -108,44 +116,37 @@ class FsdpBackend:
             return self.logprobs(batch)[0]
 
     def idle_pass(self) -> None:
-        (self._logits(_nothing(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        (self._logits(idle_batch(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
 
     def idle_forward(self) -> None:
         with torch.no_grad():
-            self._logits(_nothing(self.device))
+            self._logits(idle_batch(self.device))
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         logits = self._logits(batch)
-        logp, entropies = token_logprobs(
-            logits, batch.targets, batch.inverse_temperatures, entropy_gradient=objective.entropy_coef > 0
-        )
-        tokens = TokenInputs(
+        logp, entropies = self._statistics(batch, logits, objective.entropy_coef > 0)
+        reference = self._reference if objective.kl_coef > 0 else None
+        loss, result = batch_loss(
+            batch,
             logp,
-            batch.behaviour,
-            batch.advantages,
-            batch.lags,
-            batch.sample_of,
             entropies,
-            reference=self._reference.logprobs(batch) if self._reference is not None else None,
+            objective,
+            reference=None if reference is None else reference.logprobs(batch),
             distillation=self._distillation(batch, logits, objective),
-            stays=batch.stays,
         )
-        terms = policy_loss(tokens, objective)
-        loss = (terms.loss * batch.weights).sum()
-        if not math.isfinite(float(loss.detach())):
-            if self._world > 1:  # the other ranks are in their backward passes and wait for this one
-                (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
-            return PassResult(TokenSums(), _bad_samples(batch, terms.loss))
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums = sum_tokens(terms, logp, batch.behaviour, entropies, batch.weights, batch.lags)
-        sums.normaliser = batch.normaliser
-        return PassResult(sums)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif self._world > 1:  # the other ranks are in their backward passes and wait for this one
+            (logits.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        return result
 
     def _distillation(self, batch: MicroBatch, logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor | None:
-        if self._teacher is None:
+        if self._teacher is None or objective.distill_coef == 0:
             return None
-        inverse = batch.inverse_temperatures[:, None]
-        return distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        inverse = batch.asked.inverse_temperatures[:, None]
+        return batch.spread(
+            distillation_loss(logits * inverse, self._teacher.logits(batch) * inverse, objective.distill_top_k)
+        )
 
     def step(self, normaliser: float) -> float | None:
         gradients = self._gradients()
@@ -264,30 +265,6 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) 
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def _bad_samples(batch: MicroBatch, per_token: torch.Tensor) -> tuple[str, ...]:
-    """Names the trajectories whose tokens have no finite loss, with the range that those tokens span."""
-    bad = ~torch.isfinite(per_token.detach())
-    where = batch.position_ids[0, batch.positions] + 1  # what is predicted at a position is the next token
-    named = []
-    for index in batch.sample_of[bad].unique().tolist():
-        tokens = where[bad & (batch.sample_of == index)]
-        sample = batch.samples[index]
-        span = f"tokens {int(tokens.min())} to {int(tokens.max())}"
-        named.append(f"{sample.group_id}/{sample.trajectory_id} {span}")
-    return tuple(named) or tuple(f"{sample.group_id}/{sample.trajectory_id}" for sample in batch.samples)
-
-
-def _nothing(device: torch.device) -> MicroBatch:
-    """A batch of one token that nobody trains."""
-    sample = Sample(
-        trajectory_id="",
-        group_id="",
-        inputs=np.zeros(1, np.int32),
-        positions=np.zeros(1, np.int64),
-        targets=np.zeros(1, np.int64),
-        behaviour=np.zeros(1, np.float32),
-        lags=np.zeros(1, np.int64),
-        advantage=0.0,
-        temperature=1.0,
-    )
-    return collate([sample], "token", device)
+def _has_dropout(config: Any) -> bool:
+    """Whether attention drops at random: sequences that share a prefix would drop the same."""
+    return any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))

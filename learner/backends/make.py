@@ -12,6 +12,10 @@ def make_backend(
     path: str | Path, config: LearnerConfig, dtype: str, initial: str | Path | None, world: int = 1
 ) -> TrainingBackend:
     """Model and optimizer of this process's rank; with ``world`` > 1 the default process group is there already."""
+    if config.backend == "megatron":
+        from learner.backends.megatron.backend import MegatronBackend
+
+        return MegatronBackend(path, config, dtype, initial, world)
     from learner.backends.fsdp import FsdpBackend
 
     return FsdpBackend(path, config, dtype, initial, world)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from learner.batching import MicroBatch
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class TrainingBackend(Protocol):
     device: torch.device
     updates: int
     """Optimizer updates so far."""
+    sharing: Sharing | None
+    """Which common prefixes of a micro-batch are computed once; None: none is."""
 
     def forward_backward(self, batch: MicroBatch, objective: ObjectiveConfig) -> PassResult:
         """Adds the batch's gradient of the *summed* loss."""
@@ -104,5 +107,18 @@ class TrainingBackend(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them."""
+        """Facts for logs: parameters, device, dtype; ``data_parallel`` ranks and the ``places`` of all ranks among them;
+        ``shares_prefixes``: whether `sharing` is not None (may be missing if it is)."""
+        ...
+
+
+@runtime_checkable
+class PipelinedBackend(Protocol):
+    """A backend that gains from being given all passes of a call at once."""
+
+    device: torch.device
+    sharing: Sharing | None
+
+    def forward_backward_all(self, batches: Sequence[MicroBatch | None], objective: ObjectiveConfig) -> PassResult:
+        """`TrainingBackend.forward_backward` of each batch; None is a pass that adds nothing (`idle_pass`)."""
         ...

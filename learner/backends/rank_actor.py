@@ -18,11 +18,11 @@ from learner.backends.checkpoint_files import CheckpointFiles
 from learner.backends.make import make_backend
 from learner.backends.process_group import checkpoint_group, free_address, join
 from learner.backends.protocol import PassResult, TrainingBackend
-from learner.backends.ranks import Bin, bin_logprobs, train_bin
+from learner.backends.ranks import Bin, bin_logprobs, train_bins
 from learner.config import LearnerConfig
 from learner.errors import LearnerError
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.sums import TokenSums
+from learner.publishing import RankSender, SendingPlace
 
 Found = TypeVar("Found")
 
@@ -52,6 +52,7 @@ class RankActor:
         torch.manual_seed(settings.seed)
         self._backend: TrainingBackend | None = None
         self._files: CheckpointFiles | None = None
+        self._sender: RankSender | None = None
 
     def where(self) -> tuple[str, int]:
         """Host name and process id."""
@@ -82,13 +83,7 @@ class RankActor:
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
         """This rank's bins, one pass each; all ranks get equally many, some perhaps empty."""
-        sums = TokenSums()
-        bad: list[str] = []
-        for samples in bins:
-            done = train_bin(self._loaded, samples, objective)
-            sums.add(done.sums)
-            bad.extend(done.bad_samples)
-        return PassResult(sums, tuple(bad))
+        return train_bins(self._loaded, bins, objective)
 
     def logprobs(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> list[npt.NDArray[np.float32]]:
         return [bin_logprobs(self._loaded, samples, objective) for samples in bins]
@@ -105,6 +100,35 @@ class RankActor:
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """All weights, on rank 0; the others help to gather them and return nothing."""
         return self._on_first([(name, tensor.cpu()) for name, tensor in self._loaded.named_tensors()], [])
+
+    # The road of the weights. What moves bytes leaves the thread of the calls, which trains.
+
+    def open_sender(self, place: SendingPlace) -> None:
+        """Raises WeightTransferError, ValueError."""
+        self._sender = RankSender(place, self._loaded.device, self._settings.rank, self._settings.world)
+
+    def prepare_weights(self, version: int) -> None:
+        """Gather all weights with the other ranks and keep this one's share. Raises WeightTransferError."""
+        self._opened.prepare(version, self._loaded.named_tensors())
+
+    async def offer_weights(self, members: list[str]) -> bytes:
+        """The encoded offer of this rank's share."""
+        return await asyncio.to_thread(self._opened.sender.offer, members)
+
+    async def send_weights(self) -> None:
+        """Move this rank's share to the members of its last offer. Raises WeightTransferError."""
+        await asyncio.to_thread(self._opened.sender.send)
+
+    async def cancel_send(self) -> None:
+        await asyncio.to_thread(self._opened.sender.cancel)
+
+    async def taken(self, member: str, version: int) -> None:
+        self._opened.sender.taken(member, version)
+
+    def close_sender(self) -> None:
+        """Release shared memory and process groups of the weights."""
+        if self._sender is not None:
+            self._sender.sender.close()
 
     def save_model(self, directory: str) -> None:
         self._loaded.save_model(Path(directory))
@@ -134,6 +158,12 @@ class RankActor:
         if self._files is None:
             raise LearnerError(f"rank {self._settings.rank} has not met the others yet: call join first")
         return self._files
+
+    @property
+    def _opened(self) -> RankSender:
+        if self._sender is None:
+            raise LearnerError(f"rank {self._settings.rank} cannot send weights yet: call open_sender first")
+        return self._sender
 
     def _on_first(self, found: Found, otherwise: Found) -> Found:
         return found if self._settings.rank == 0 else otherwise

@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from learner.errors import CheckpointError, LearnerError, ModelError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,18 @@ class RankGroup:
 
     @property
     def width(self) -> int:
+        """Bins under way at once: one for every stage of every data-parallel place's pipeline."""
+        return self._places * int(self._facts.get("pipeline_parallel", 1))
+
+    @property
+    def _places(self) -> int:
         """Data-parallel ranks."""
         return int(self._facts.get("data_parallel", len(self._ranks)))
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
+        return self._config.sharing if self._facts.get("shares_prefixes", False) else None
 
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""
@@ -91,7 +102,16 @@ class RankGroup:
     def discard_gradient(self) -> None:
         self._all("discard_gradient")
 
+    def nodes(self) -> list[str]:
+        """Host name of every rank."""
+        return [host for host, _ in self._all("where")]
+
+    def together(self, method: str, *args: Any) -> list[Any]:
+        """Call ``method`` of every rank's actor; the answers in order of rank. Raises as every call here does."""
+        return self._all(method, *args)
+
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """All weights in this process: for looking at them. What engines get leaves the ranks (`learner.publishing`)."""
         found: list[tuple[str, torch.Tensor]] = self._all("named_tensors")[0]
         return found
 
@@ -114,8 +134,8 @@ class RankGroup:
     # Calls
 
     def _shared(self, bins: Sequence[Bin]) -> list[list[Bin]]:
-        """Bin i goes to data-parallel rank i modulo ``width``; all get equally many, with empty ones at the end."""
-        width = self.width
+        """Bin i goes to data-parallel place i modulo their number; all get equally many, with empty ones at the end."""
+        width = self._places
         rounds = -(-len(bins) // width)
         padded = [*bins, *([] for _ in range(rounds * width - len(bins)))]
         return [list(padded[rank::width]) for rank in range(width)]
@@ -127,7 +147,7 @@ class RankGroup:
     def _distinct(self, results: list[Any]) -> list[Any]:
         """The results of one rank for each data-parallel place: the last, which has what a pipeline computes."""
         by_place = dict(zip(self._facts["places"], results, strict=True))
-        return [by_place[place] for place in range(self.width)]
+        return [by_place[place] for place in range(self._places)]
 
     def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         return self._told(method, [args] * len(self._ranks), timeout_s)

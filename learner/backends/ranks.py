@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from learner.backends.checkpoint_files import CheckpointFiles
-from learner.backends.protocol import PassResult, TrainingBackend
+from learner.backends.protocol import PassResult, PipelinedBackend, TrainingBackend
 from learner.batching import Sample, collate
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.sums import TokenSums
+from learner.prefix_tree import Sharing
 
 Bin = Sequence[Sample]
 """Samples of one pass, longest first."""
@@ -44,6 +45,11 @@ class LearnerRanks(Protocol):
     @property
     def updates(self) -> int:
         """Optimizer updates so far."""
+        ...
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `TrainingBackend.sharing`."""
         ...
 
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
@@ -111,14 +117,12 @@ class OneRank:
     def updates(self) -> int:
         return self.backend.updates
 
+    @property
+    def sharing(self) -> Sharing | None:
+        return self.backend.sharing
+
     def train(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
-        sums = TokenSums()
-        bad: list[str] = []
-        for samples in bins:
-            done = train_bin(self.backend, samples, objective)
-            sums.add(done.sums)
-            bad.extend(done.bad_samples)
-        return PassResult(sums, tuple(bad))
+        return train_bins(self.backend, bins, objective)
 
     def logprobs(self, bins: Sequence[Bin], objective: ObjectiveConfig) -> list[npt.NDArray[np.float32]]:
         return [bin_logprobs(self.backend, samples, objective) for samples in bins]
@@ -156,8 +160,27 @@ def train_bin(backend: TrainingBackend, samples: Bin, objective: ObjectiveConfig
     if not samples:
         backend.idle_pass()
         return PassResult(TokenSums())
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     return backend.forward_backward(batch, objective)
+
+
+def train_bins(backend: TrainingBackend, bins: Sequence[Bin], objective: ObjectiveConfig) -> PassResult:
+    """One pass for each bin: one after another, or together where the backend is a pipeline."""
+    if isinstance(backend, PipelinedBackend):
+        batches = [
+            collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
+            if samples
+            else None
+            for samples in bins
+        ]
+        return backend.forward_backward_all(batches, objective)
+    sums = TokenSums()
+    bad: list[str] = []
+    for samples in bins:
+        done = train_bin(backend, samples, objective)
+        sums.add(done.sums)
+        bad.extend(done.bad_samples)
+    return PassResult(sums, tuple(bad))
 
 
 def bin_logprobs(backend: TrainingBackend, samples: Bin, objective: ObjectiveConfig) -> npt.NDArray[np.float32]:
@@ -165,6 +188,6 @@ def bin_logprobs(backend: TrainingBackend, samples: Bin, objective: ObjectiveCon
     if not samples:
         backend.idle_forward()
         return np.zeros(0, dtype=np.float32)
-    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length)
+    batch = collate(samples, objective.aggregation, backend.device, objective.constant_length, backend.sharing)
     found: npt.NDArray[np.float32] = backend.forward(batch).cpu().numpy()
     return found

@@ -5,6 +5,8 @@
 - ``rloo``: ``r`` minus the mean of the *other* episodes (Ahmadian et al. 2024, "Back to Basics", section 3.2).
 - ``reinforce_pp``: ``r``, and ``reinforce_pp_baseline``: ``r - mean``; both are then normalised over all tokens of the step
   (`normalised_over_step`; Hu et al. 2025, "REINFORCE++").
+- ``riskpo``: over bundles of the step's groups (`learner.objectives.risk`); ``gae``: of every token, from a critic
+  (`learner.objectives.critic`). Here both give the reward itself, which the step replaces.
 
 Statistics are taken over the episodes that a group really has, one reward each: groups may be uneven, and an episode
 that yielded several trajectories counts once.
@@ -17,6 +19,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from learner.objectives.names import ADVANTAGES
+
 FloatArray = npt.NDArray[np.float64]
 
 EPSILON = 1e-6
@@ -28,10 +32,10 @@ def episode_advantages(rewards: FloatArray, kind: str) -> FloatArray:
 
     Raises ValueError for an unknown kind.
     """
-    if kind not in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"):
-        raise ValueError(f"unknown advantage {kind!r}: use grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline")
+    if kind not in ADVANTAGES:
+        raise ValueError(f"unknown advantage {kind!r}: use one of {', '.join(ADVANTAGES)}")
     count = len(rewards)
-    if kind == "reinforce_pp":
+    if kind in ("reinforce_pp", "riskpo", "gae"):
         return rewards.astype(np.float64)
     if count < 2 or rewards.max() == rewards.min():
         return np.zeros(count)
@@ -64,14 +68,10 @@ def trajectory_advantages(
     return result
 
 
-STEP_NORMALISED = ("reinforce_pp", "reinforce_pp_baseline")
-"""Kinds whose advantages are known only when the whole step is there."""
-
-
 def normalised_over_step(advantages: FloatArray, tokens: npt.NDArray[np.int64]) -> FloatArray:
     """``(A - mean) / std`` over the tokens of a step: trajectory i has ``tokens[i]`` of them, all with ``advantages[i]``.
 
-    All zero where all are equal. Hu et al. 2025, "REINFORCE++", global advantage normalisation.
+    All zero where all are equal. With ``tokens`` all 1 the advantages are those of single tokens. Hu et al. 2025, "REINFORCE++", global advantage normalisation.
     """
     total = tokens.sum()
     if not total or advantages.max() == advantages.min():

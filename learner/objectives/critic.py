@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -55,3 +57,21 @@ def end_rewards(length: int, reward: float, kl: FloatArray | None = None, kl_coe
     if length:
         found[-1] += reward
     return found
+
+
+def lambda_of(length: int, lam: float, alpha: float | None) -> float:
+    """The ``lam`` of a trajectory's advantages: adapted to its length where there is an ``alpha``, else the fixed one."""
+    return lam if alpha is None else length_adaptive_lambda(length, alpha)
+
+
+def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip: float | None) -> Tensor:
+    """``max((V - G)^2, (V_clipped - G)^2) / 2`` at each token, float32 [n], with gradient through ``values``.
+
+    ``V_clipped`` is ``V`` within ``clip`` of the value before the step; None: no clipping. Schulman et al. 2017, "PPO" (the
+    implementation; Engstrom et al. 2020, "Implementation Matters in Deep Policy Gradients", section 2).
+    """
+    plain = (values - targets).square()
+    if clip is not None:
+        bounded = old_values + (values - old_values).clamp(-clip, clip)
+        plain = torch.maximum(plain, (bounded - targets).square())
+    return plain / 2.0

@@ -4,7 +4,7 @@ Three policies: *behaviour* mu (sampled the token), *proximal* pi_prox (what the
 *current* pi. All arguments are log-probabilities of the sampled tokens under the distribution that was sampled from,
 float32 [n].
 
-With one update in a step the policy before the update *is* the current one, so its log-probabilities are those of the
+With one update in a step (or ``proximal=current``) the policy before the update *is* the current one, so its log-probabilities are those of the
 forward pass at hand, detached: exact, and no pass of its own. Then the ratio is 1 in value, only its gradient counts, and
 what bounds the step is the correction's weight.
 """
@@ -22,7 +22,7 @@ from learner.objectives.config import ObjectiveConfig
 from learner.objectives.corrections import double_sided, masked, second_moment_mask, truncated
 from learner.objectives.ratios import interpolated_proximal, log_ratios, sequence_means
 from learner.objectives.regularisers import kl_penalty, positive_lm_loss
-from learner.objectives.surrogates import clipped, clipped_weight, plain
+from learner.objectives.surrogates import clipped, clipped_weight, likelihood, plain
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class TokenInputs:
     """Distance of the policy to its teacher at each token, with gradient, where there is a teacher."""
     stays: Tensor | None = None
     """bool: tokens that the second-moment mask of the whole step leaves in; None where there is none."""
+    proximal: Tensor | None = None
+    """The policy at the beginning of the step, where ``proximal=recomputed`` asks for it."""
+    positive: Tensor | None = None
+    """bool: tokens to imitate; None: those of positive advantage."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,16 @@ def proximal_logp(tokens: TokenInputs, proximal: str) -> Tensor:
     """Log-probabilities of the proximal policy, without gradient."""
     if proximal == "interpolated":
         return interpolated_proximal(tokens.logp, tokens.behaviour, tokens.lags)
+    if proximal == "recomputed":
+        assert tokens.proximal is not None, "learner.proximal=recomputed needs the policy at the beginning of the step"
+        return tokens.proximal
     return tokens.logp.detach()
 
 
 def correction_weight(proximal: Tensor, tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
     """``w(pi_prox / mu)``, [n], without gradient; at ``sequence`` level the geometric mean over the trajectory."""
+    if config.correction == "unweighted":
+        return torch.ones_like(tokens.advantages)
     log_weight = (proximal - tokens.behaviour).detach()
     if config.correction_level == "sequence":
         log_weight = sequence_means(log_weight, tokens.sample_of)
@@ -101,13 +110,14 @@ def regularisers(tokens: TokenInputs, config: ObjectiveConfig) -> Tensor:
     added = torch.zeros_like(tokens.advantages)
     if config.entropy_coef > 0:
         added = added - config.entropy_coef * tokens.entropies
-    if config.kl_coef > 0:
+    if config.kl_coef > 0 and config.kl_place == "loss":
         assert tokens.reference is not None, "a distance to the reference policy needs its log-probabilities"
         added = added + config.kl_coef * kl_penalty(tokens.logp, tokens.reference, config.kl_kind)
     if tokens.distillation is not None:
         added = added + config.distill_coef * tokens.distillation
     if config.positive_lm_coef > 0:
-        added = added + config.positive_lm_coef * positive_lm_loss(tokens.logp, tokens.advantages)
+        positive = tokens.advantages > 0 if tokens.positive is None else tokens.positive
+        added = added + config.positive_lm_coef * positive_lm_loss(tokens.logp, positive)
     return added
 
 
@@ -129,4 +139,6 @@ def _surrogate(log_ratio: Tensor, tokens: TokenInputs, config: ObjectiveConfig) 
     if config.surrogate == "clipped_weight":
         assert config.clip_high is not None
         return clipped_weight(tokens.logp, log_ratio, advantages, config.clip_low, config.clip_high)
+    if config.surrogate == "likelihood":
+        return likelihood(tokens.logp, advantages)
     return plain(log_ratio, advantages)

@@ -39,12 +39,18 @@ PRESETS: dict[str, Preset] = {
         _learner(**_CLIP, advantage="dr_grpo", aggregation="constant"),
     ),
     "dapo": Preset(
-        "Yu et al. 2025, DAPO, arXiv:2503.14476",
-        _learner(**{**_CLIP, "clip_high": 0.28}, advantage="grpo", aggregation="token"),
+        "Yu et al. 2025, DAPO, arXiv:2503.14476 (overlong shaping is a reward branch: configs/objectives/dapo.yaml)",
+        {
+            **_learner(**{**_CLIP, "clip_high": 0.28}, advantage="grpo", aggregation="token"),
+            "queue.require_signal": True,
+        },
     ),
     "rloo": Preset(
         "Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740",
-        _learner(advantage="rloo", surrogate="plain", correction="tis", aggregation="sequence"),
+        _learner(
+            advantage="rloo", surrogate="plain", correction="tis", aggregation="sequence", kl_coef=0.03, kl_kind="k1",
+            kl_place="reward",
+        ),
     ),
     "reinforce_pp": Preset(
         "Hu et al. 2025, REINFORCE++, arXiv:2501.03262",
@@ -97,6 +103,37 @@ PRESETS: dict[str, Preset] = {
         _learner(
             advantage="grpo", surrogate="clip", correction="decoupled", proximal="interpolated",
             clip_low=0.2, clip_high=0.2, correction_cap=5.0, aggregation="token",
+        ),
+    ),
+    "decoupled_ppo": Preset(
+        "Hilton et al. 2021, Batch size-invariance for policy optimization, arXiv:2110.00641; for language models Fu et al. 2025, "
+        "AReaL, arXiv:2505.24298: the proximal policy is that of the step's beginning, and the step has several updates",
+        _learner(
+            advantage="grpo", surrogate="clip", correction="decoupled", proximal="recomputed", updates_per_step=4,
+            clip_low=0.2, clip_high=0.2, correction_cap=5.0, aggregation="token",
+        ),
+    ),
+    "ppo": Preset(
+        "Schulman et al. 2017, Proximal Policy Optimization, arXiv:1707.06347; advantages: Schulman et al. 2016, "
+        "arXiv:1506.02438",
+        _learner(
+            advantage="gae", surrogate="clip", correction="decoupled", proximal="recomputed", updates_per_step=4,
+            clip_low=0.2, clip_high=0.2, correction_cap=2.0, aggregation="token", gae_gamma=1.0, gae_lambda=0.95,
+        ) | {"learner.critic.clip": 0.2},
+    ),
+    "vapo": Preset(
+        "Yue et al. 2025, VAPO, arXiv:2504.05118; decoupled advantages and value pre-training: Yuan et al. 2025, What's Behind PPO's "
+        "Collapse in Long-CoT?, arXiv:2503.01491",
+        _learner(
+            advantage="gae", surrogate="clip", correction="decoupled", proximal="recomputed", updates_per_step=2,
+            clip_low=0.2, clip_high=0.28, correction_cap=2.0, aggregation="token", gae_gamma=1.0, gae_alpha=0.05,
+            gae_critic_lambda=1.0, positive_lm_coef=0.1,
+        ) | {"learner.critic.pretrain_steps": 20},
+    ),
+    "riskpo": Preset(
+        "Ren et al. 2025, RiskPO, arXiv:2510.00911",
+        _learner(
+            **_CLIP, advantage="riskpo", aggregation="token", risk_low=0.2, risk_high=0.8, risk_weight=1.0, risk_bundle=5,
         ),
     ),
     "m2po": Preset(

@@ -28,9 +28,12 @@ def kl_penalty(logp: Tensor, logp_reference: Tensor, kind: str) -> Tensor:
     raise ValueError(f"unknown KL estimate {kind!r}: use k1, k2 or k3")
 
 
-def positive_lm_loss(logp: Tensor, advantages: Tensor) -> Tensor:
-    """``-log pi`` of tokens of successful trajectories (positive advantage), else 0 (Yue et al. 2025, "VAPO", positive example LM loss)."""
-    return torch.where(advantages > 0, -logp, torch.zeros_like(logp))
+def positive_lm_loss(logp: Tensor, positive: Tensor) -> Tensor:
+    """``-log pi`` of tokens of successful trajectories (``positive``, bool [n]), else 0.
+
+    Yue et al. 2025, "VAPO", arXiv:2504.05118, section 4.3 (positive example LM loss).
+    """
+    return torch.where(positive, -logp, torch.zeros_like(logp))
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, top_k: int | None = None) -> Tensor:

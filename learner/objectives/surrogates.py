@@ -46,3 +46,8 @@ def clipped_weight(
     low = 0.0 if clip_low is None else 1.0 - clip_low
     weight = ratio.clamp(low, 1.0 + clip_high)
     return weight * advantages * logp, weight != ratio
+
+
+def likelihood(logp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """``A log pi``: no ratio at all (Williams 1992, REINFORCE); with ``A = 1`` maximum likelihood of given tokens."""
+    return advantages * logp, torch.zeros_like(advantages, dtype=torch.bool)

@@ -241,6 +241,12 @@ class EngineActor:
         """Host name of the machine that this engine runs on."""
         return socket.gethostname()
 
+    async def node_id(self) -> str:
+        """Ray's id of the node that this engine runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     async def alive(self) -> None:
         """Never returns while the engine is well; ends with the engine's error, or with the process."""
         assert self._failed is not None, "load() comes first"

@@ -53,5 +53,5 @@ def test_trajectories_of_one_episode_share_its_advantage_and_count_once() -> Non
 
 
 def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown advantage 'gae'"):
-        episode_advantages(np.array([0.0, 1.0]), "gae")
+    with pytest.raises(ValueError, match="unknown advantage 'gea'"):
+        episode_advantages(np.array([0.0, 1.0]), "gea")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from learner.attention import GROUP_OVERHEAD, MAX_PADDING, make_layout, ragged_attention
+from learner.attention import make_layout, ragged_attention
+from learner.length_groups import GROUP_OVERHEAD, MAX_PADDING
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

@@ -16,13 +16,16 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("backend", "megatron", "learner.backend=megatron is not built yet: use fsdp"),
         ("ranks", 0, "learner.ranks=0 must be at least 1"),
         ("kl_coef", -0.1, "learner.kl_coef=-0.1 must not be negative"),
         ("advantage", "gea", "learner.advantage='gea' is unknown: use one of grpo, dr_grpo, rloo"),
-        ("advantage", "gae", "learner.advantage=gae is not built yet"),
+        ("kl_place", "prompt", "learner.kl_place='prompt' is unknown: use one of loss, reward"),
+        ("updates_per_step", 0, "learner.updates_per_step=0 must be greater than 0"),
+        ("gae_lambda", 1.5, r"learner.gae_lambda=1.5 must lie in \[0, 1\]"),
+        ("risk_low", 0.9, "learner.risk_low=0.9 and learner.risk_high=0.8"),
         ("correction", "full", "learner.correction='full'"),
         ("aggregation", "word", "learner.aggregation='word'"),
+        ("prefix_sharing", "always", "learner.prefix_sharing='always' is unknown: use one of auto, on, off"),
         ("token_budget", 0, "learner.token_budget=0 must be at least 1"),
         ("lr", 0.0, "learner.lr=0.0 must be greater than 0"),
         ("clip_low", 1.5, "learner.clip_low=1.5"),

@@ -5,11 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.attention import make_layout, padded_tokens
-from learner.packing import PackingCounts, even_bins, imbalance_bound
+from learner.attention import make_layout
+from learner.batching import balance, pack
+from learner.length_groups import padded_tokens
+from learner.packing import Packer, PackingCounts, even_bins, imbalance_bound
 
 LENGTHS = st.lists(st.integers(1, 500), max_size=60)
 WIDTHS = st.integers(1, 9)
+PLAIN: Packer[range] = Packer(pack, balance)
 
 
 def ranges(lengths: list[int]) -> list[range]:
@@ -18,7 +21,7 @@ def ranges(lengths: list[int]) -> list[range]:
 
 @given(LENGTHS, WIDTHS, st.integers(1, 800))
 def test_every_sample_is_in_one_bin_and_no_bin_exceeds_the_budget(lengths: list[int], width: int, budget: int) -> None:
-    bins = even_bins(ranges(lengths), width, budget)
+    bins = even_bins(ranges(lengths), width, budget, PLAIN)
     assert sorted(len(item) for members in bins for item in members) == sorted(lengths)
     assert len(bins) % width == 0 or width == 1
     limit = max([budget, *lengths])
@@ -27,13 +30,13 @@ def test_every_sample_is_in_one_bin_and_no_bin_exceeds_the_budget(lengths: list[
 
 @given(LENGTHS.filter(bool), st.integers(2, 9), st.integers(1, 800))
 def test_the_imbalance_keeps_its_bound(lengths: list[int], width: int, budget: int) -> None:
-    counts = PackingCounts(width)
-    counts.add(even_bins(ranges(lengths), width, budget))
+    counts = PackingCounts(width, PLAIN)
+    counts.add(even_bins(ranges(lengths), width, budget, PLAIN))
     assert -1e-9 <= counts.metrics()["packing/imbalance"] <= imbalance_bound(lengths, width) + 1e-9
 
 
 def test_what_a_step_reports_of_its_passes() -> None:
-    counts = PackingCounts(2)
+    counts = PackingCounts(2, PLAIN)
     assert counts.metrics() == {}
     counts.add([ranges([300]), ranges([100]), ranges([200])])  # the second rank waits in the second round
     assert counts.metrics()["packing/imbalance"] == pytest.approx((300 + 200) * 2 / 600 - 1)

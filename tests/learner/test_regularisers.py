@@ -44,7 +44,7 @@ def test_an_unknown_estimate_is_named() -> None:
 
 
 def test_only_what_succeeded_is_imitated() -> None:
-    loss = positive_lm_loss(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.5, -0.5, 0.0]))
+    loss = positive_lm_loss(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([True, False, False]))
     assert loss.tolist() == [1.0, 0.0, 0.0]
 
 

@@ -31,17 +31,16 @@ def lines_of(log: Path, count: int, within_s: float = 20.0) -> list[str]:
 
 def all_gone(pids: list[int], within_s: float) -> bool:
     """Whether these processes end in time."""
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     deadline = time.monotonic() + within_s
-    while any(_lives(process) for process in processes):
+    while any(_lives(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
 
 
-def _lives(process: psutil.Process) -> bool:
+def _lives(pid: int) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -79,7 +79,7 @@ def test_it_is_refused_by_anything_but_its_base() -> None:
     other = old.copy()
     other[17] = 1
     before = other.copy()
-    with pytest.raises(WeightTransferError, match="is not what version 5 was made from"):
+    with pytest.raises(WeightTransferError, match="is here as version 4, and not what version 5 was made from"):
         apply_delta(manifest, delta, other, 4)
     assert np.array_equal(other, before)
 

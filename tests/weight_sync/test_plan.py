@@ -50,7 +50,7 @@ def test_a_name_given_twice_is_refused() -> None:
         {"total_bytes": 10_000},
         {"buckets": ()},
         {"buckets": (Bucket(0, 64, 0, 2), Bucket(64, 4160, 2, 3))},
-        {"checksums": (1,)},
+        {"checksums": (1, 2)},
     ],
 )
 def test_a_contradictory_manifest_is_refused(change: dict[str, object]) -> None:

@@ -37,10 +37,11 @@ def expect(result: Any, version: int, scale: int = 1) -> None:
         np.testing.assert_array_equal(arrived[name], tensor.float().numpy())
 
 
-@pytest.fixture(params=["shared_memory", "collective", "disk"])
+@pytest.fixture(params=["shared_memory", "collective", "collective, delta", "relay", "disk"])
 def sender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    config = WeightsConfig(bucket_mb=BUCKET_BYTES / 2**20, timeout_s=30.0)
-    made = make_sender(config, request.param, directory=tmp_path, disk_directory=tmp_path / "weights")
+    kind, _, delta = request.param.partition(", ")
+    config = WeightsConfig(bucket_mb=BUCKET_BYTES / 2**20, timeout_s=30.0, delta=bool(delta))
+    made = make_sender(config, kind, directory=tmp_path, disk_directory=tmp_path / "weights")
     yield made
     made.close()
 
@@ -138,6 +139,29 @@ def test_a_receiver_killed_mid_broadcast_is_an_error_in_time_and_the_rest_goes_o
     sender.close()
 
 
+def test_a_member_known_to_be_gone_ends_the_wait_for_it_at_once(start_engines: Any) -> None:
+    """Killed before it joins: the others are neither held up nor restarted."""
+    survivor, victim = start_engines("survivor", "victim")
+    sender = CollectiveSender(bucket_bytes=64 << 10, timeout_s=60.0)
+    offer = sender.prepare(1, make_weights(1), ["survivor", "victim"])
+    victim.stop()
+    survivor.begin(offer)
+    began = time.monotonic()
+    threading.Timer(0.2, sender.cancel).start()  # as the fleet does when it hears that the process has ended
+    with pytest.raises(
+        WeightTransferError, match="broadcast of version 1 to survivor, victim failed: a member is gone"
+    ):
+        sender.send()
+    version, error = survivor.result()
+    assert version is None
+    assert "did not begin: a member did not come" in error
+    survivor.begin(sender.offer(["survivor"]))
+    sender.send()
+    expect(survivor.result(), 1)
+    assert time.monotonic() - began < 30
+    sender.close()
+
+
 def test_the_group_outlives_a_version_and_an_offer_to_nobody(start_engines: Any) -> None:
     (engine,) = start_engines("e0")
     sender = CollectiveSender(bucket_bytes=BUCKET_BYTES, timeout_s=30.0)
@@ -229,7 +253,7 @@ def test_an_engine_that_is_no_member_is_refused() -> None:
 def test_a_flipped_byte_in_a_broadcast_is_noticed_when_checksums_are_taken() -> None:
     sender = CollectiveSender(bucket_bytes=BUCKET_BYTES, timeout_s=10.0, checksums=True)
     offer = sender.prepare(1, make_weights(1), ["e0"])
-    sender._flat[100] ^= 1
+    sender._buckets[0][100] ^= 1
     errors: list[str] = []
 
     def fetch() -> None:
@@ -244,7 +268,7 @@ def test_a_flipped_byte_in_a_broadcast_is_noticed_when_checksums_are_taken() -> 
         sender.send()
     thread.join(10)
     assert len(errors) == 1
-    assert "bucket 0" in errors[0]
+    assert "tensor model.embed_tokens.weight" in errors[0]
     assert "checksum" in errors[0]
     sender.close()
 
@@ -306,7 +330,7 @@ def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
     with open(path_of(offer), "r+b") as file:
         file.seek(shared_memory.HEADER_BYTES + 100)
         file.write(b"\xff\xff\xff\xff")
-    with pytest.raises(WeightTransferError, match=r"version 1, bucket 0 of .* checksum"):
+    with pytest.raises(WeightTransferError, match=r"version 1, tensor model.embed_tokens.weight: checksum"):
         SharedMemoryReceiver().fetch(offer, lambda name, tensor: None)
     sender.close()
 

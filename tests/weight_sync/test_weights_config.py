@@ -14,9 +14,9 @@ def test_defaults_are_valid() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("transport", "relay", "weights.transport=relay is not built yet"),
         ("transport", "pigeon", "unknown"),
-        ("delta", True, "weights.delta=true is not built yet"),
+        ("dtype", "int4", "weights.dtype='int4' is unknown"),
+        ("delta_snapshot_every", 0, "weights.delta_snapshot_every=0 must be at least 1"),
         ("kv", "maybe", "weights.kv='maybe'"),
         ("every", 0, "weights.every=0"),
         ("bucket_mb", 0.0, "weights.bucket_mb"),

@@ -42,6 +42,20 @@ def tied(directory: str | Path) -> bool:
     return bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
 
 
+def takes_fp8(expected: Mapping[str, tuple[int, ...]] | None) -> bool:
+    """Whether the model's own matrices are in blocks of 8 bits, with a scale for each."""
+    return expected is not None and any(name.endswith(".weight_scale_inv") for name in expected)
+
+
+def arriving(manifest: Manifest, expected: Mapping[str, tuple[int, ...]] | None) -> Manifest:
+    """What a model with these tensors is handed of an offered version."""
+    if takes_fp8(expected):
+        return manifest
+    from weight_sync.wire_dtypes import plain_manifest
+
+    return plain_manifest(manifest)
+
+
 def misfit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], head_is_tied: bool) -> str | None:
     """Why an offered version does not fit a model with these tensors, or None."""
     optional = {HEAD} if head_is_tied else set()

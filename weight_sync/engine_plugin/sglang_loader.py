@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from weight_sync.engine_plugin.checkpoint import Shapes, checkpoint_shapes, misfit, tied
+from weight_sync.engine_plugin.checkpoint import Shapes, arriving, checkpoint_shapes, misfit, tied
 from weight_sync.engine_plugin.sglang_messages import (
     MODEL_PATH,
     Command,
@@ -29,7 +29,7 @@ from weight_sync.engine_plugin.sglang_messages import (
     is_command,
 )
 from weight_sync.engine_plugin.sglang_sampling import BATCHES, SAMPLER, install
-from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
+from weight_sync.engine_plugin.shadow import Phase, Shadow, fetcher_for
 from weight_sync.errors import WeightTransferError
 from weight_sync.transports.protocol import decode_offer
 
@@ -70,7 +70,7 @@ class SchedulerPlugin:
         self._shadow.close()
 
     def _stage(self, command: Command) -> None:
-        manifest = decode_offer(command.offer).manifest
+        manifest = arriving(decode_offer(command.offer).manifest, self._expected)
         reason = misfit(manifest, self._expected, self._head_is_tied) if self._expected is not None else None
         if reason is not None:
             raise WeightTransferError(reason)
@@ -113,7 +113,9 @@ def attach(model: Any, model_path: str) -> None:
         return
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     expected = checkpoint_shapes(model_path) if model_path else None
-    plugin = SchedulerPlugin(model, Shadow(any_fetcher, device=device), expected, bool(model_path) and tied(model_path))
+    plugin = SchedulerPlugin(
+        model, Shadow(fetcher_for(expected), device=device), expected, bool(model_path) and tied(model_path)
+    )
     # Past nn.Module's own bookkeeping: the plugin is no part of the model.
     object.__setattr__(model, _PLUGIN, plugin)
     original = getattr(model, "get_weights_by_name", None)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from weight_sync.engine_plugin.checkpoint import takes_fp8
 from weight_sync.errors import WeightTransferError
-from weight_sync.transports.protocol import CollectiveOffer, decode_offer
+from weight_sync.transports.protocol import CollectiveOffer, carriers, decode_offer
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Shadow:
         """
         decoded = decode_offer(offer)
         version = decoded.manifest.version
-        on_device = isinstance(decoded, CollectiveOffer) and decoded.backend == "nccl"
+        on_device = any(isinstance(each, CollectiveOffer) and each.backend == "nccl" for each in carriers(offer))
         device = self._device if on_device else torch.device("cpu")
         with self._lock:
             self._turn += 1
@@ -142,8 +144,13 @@ class Shadow:
         names.append(name)
 
 
-def any_fetcher(member: str, device: torch.device) -> Fetcher:
-    """The receiver that understands every transport's offers."""
+def any_fetcher(member: str, device: torch.device, fp8: bool = False) -> Fetcher:
+    """The receiver that understands every transport's offers; see `AnyReceiver` for ``fp8``."""
     from weight_sync.transports.select import AnyReceiver
 
-    return AnyReceiver(member, device=device)
+    return AnyReceiver(member, device=device, fp8=fp8)
+
+
+def fetcher_for(expected: Mapping[str, tuple[int, ...]] | None) -> Callable[[str, torch.device], Fetcher]:
+    """What fetches for a model with these tensors: in 8 bits if the model has them so."""
+    return partial(any_fetcher, fp8=takes_fp8(expected))

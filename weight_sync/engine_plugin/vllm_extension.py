@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from weight_sync.engine_plugin.checkpoint import Shapes, checkpoint_shapes, misfit, tied
-from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
+from weight_sync.engine_plugin.checkpoint import Shapes, arriving, checkpoint_shapes, misfit, tied
+from weight_sync.engine_plugin.shadow import Phase, Shadow, fetcher_for
 from weight_sync.engine_plugin.vllm_seeds import spare_generators
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
-from weight_sync.transports.protocol import CollectiveOffer, decode_offer
+from weight_sync.transports.protocol import decode_offer, is_broadcast
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class WorkerWeights:
 
     def stage(self, offer: bytes, member: str) -> int:
         """Begin to fetch. Raises WeightTransferError, before a byte has moved, if the offer does not fit the model."""
-        decoded = decode_offer(offer)
+        manifest = arriving(decode_offer(offer).manifest, self._expected)
         if self._expected is not None:
-            reason = misfit(decoded.manifest, self._expected, self._tied)
+            reason = misfit(manifest, self._expected, self._tied)
             if reason is not None:
                 raise WeightTransferError(reason)
-        self._offered = decoded.manifest.version
-        self._broadcast = decoded.manifest if isinstance(decoded, CollectiveOffer) else None
+        self._offered = manifest.version
+        self._broadcast = manifest if is_broadcast(offer) else None
         if self._broadcast is None or self._first:
             self._shadow.begin(offer, member)
         return self._offered
@@ -141,9 +141,10 @@ class MillraceWorker:
         weights: WorkerWeights | None = getattr(self, "_millrace_weights", None)
         if weights is None:
             directory = self.vllm_config.model_config.model
+            expected = checkpoint_shapes(directory)
             weights = self._millrace_weights = WorkerWeights(
-                shadow=Shadow(any_fetcher, device=self.device),
-                expected=checkpoint_shapes(directory),
+                shadow=Shadow(fetcher_for(expected), device=self.device),
+                expected=expected,
                 head_is_tied=tied(directory),
                 first=self.rank == 0,
                 load=self._load_weights,

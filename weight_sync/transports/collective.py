@@ -3,7 +3,7 @@
 The learner is rank 0 and hosts the store where the members meet. Each set of members is an *epoch* with a process
 group of its own, built directly from the store, so the default group of the process stays free for the training
 backend. After any failure the group is thrown away: the next offer names a new epoch. The learner packs a version into
-one flat buffer once and broadcasts slices of it, two in flight; a receiver owns two bucket-sized buffers and hands one
+buckets once and broadcasts them, two in flight; a receiver owns two bucket-sized buffers and hands one
 on while the other fills.
 
 A process sends at most one broadcast at a time and receives at most one (locks held from first to last bucket), so two
@@ -27,16 +27,8 @@ import torch
 import torch.distributed as dist
 
 from weight_sync.errors import WeightTransferError
-from weight_sync.plan import Manifest
-from weight_sync.tensors import (
-    NamedTensors,
-    bucket_tensors,
-    pack,
-    plan_tensors,
-    unique_tensors,
-    verify_bucket,
-    with_checksums,
-)
+from weight_sync.plan import Manifest, PlanBuilder, TensorSpec, padded
+from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
 from weight_sync.transports.protocol import CollectiveOffer, OnTensor, decode_offer, encode_offer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +37,10 @@ IN_FLIGHT = 2
 """Broadcasts under way at once: one on the wire, one being filled or handed on."""
 
 RECEIVED = b"received"
+BEGIN = "begin"
+
+POLL_S = 0.003
+"""How often the sender looks for the key of a member, beside whether one is known to be gone."""
 
 _sending = threading.Lock()
 _receiving = threading.Lock()
@@ -142,34 +138,44 @@ class CollectiveSender:
         self._group: _Group | None = None
         self._members: tuple[str, ...] | None = None
         self._manifest: Manifest | None = None
-        self._flat = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._buckets: list[torch.Tensor] = []
         self._offer: CollectiveOffer | None = None
-        self._flat_in_use = threading.Lock()
+        self._in_use = threading.Lock()
+        self._cancelled = threading.Event()
         self._serial = 0
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
-        tensors = unique_tensors(named)
-        manifest = plan_tensors(version, tensors, self._bucket_bytes)
-        if not self._flat_in_use.acquire(timeout=self._timeout_s):
+        if not self._in_use.acquire(timeout=self._timeout_s):
             raise WeightTransferError(
                 f"version {version} waited {self._timeout_s:g} s for the broadcast before it to end"
             )
         try:
-            if self._flat.numel() < manifest.total_bytes:
-                self._flat = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
-            pack(self._flat, manifest, tensors)
-            self._manifest = with_checksums(manifest, self._flat) if self._checksums else manifest
+            self._manifest = None
+            self._manifest = pack(version, named, self._bucket_bytes, self._place, checksums=self._checksums)
         finally:
-            self._flat_in_use.release()
+            self._in_use.release()
         return self.offer(members)
 
+    def _place(self, plan: PlanBuilder, spec: TensorSpec) -> torch.Tensor:
+        """Each bucket has memory of its own, which the next version uses again."""
+        index, start = plan.bucket
+        begin = spec.offset - start
+        if index == len(self._buckets):
+            self._buckets.append(torch.empty(0, dtype=torch.uint8, device=self._device))
+        needed = begin + padded(spec.nbytes)
+        if self._buckets[index].numel() < needed:
+            grown = torch.empty(max(needed, self._bucket_bytes), dtype=torch.uint8, device=self._device)
+            grown[:begin].copy_(self._buckets[index][:begin])
+            self._buckets[index] = grown
+        return self._buckets[index][begin : begin + spec.nbytes]
+
     def offer(self, members: Sequence[str]) -> bytes:
-        if not self._flat_in_use.acquire(timeout=self._timeout_s):
+        if not self._in_use.acquire(timeout=self._timeout_s):
             raise WeightTransferError(f"offer to {list(members)}: the broadcast before it did not end")
         try:
             return encode_offer(self._make_offer(members))
         finally:
-            self._flat_in_use.release()
+            self._in_use.release()
 
     def _make_offer(self, members: Sequence[str]) -> CollectiveOffer:
         if self._manifest is None:
@@ -180,6 +186,7 @@ class CollectiveSender:
             self._epoch += 1
             self._members = tuple(members)
         self._serial += 1
+        self._cancelled.clear()
         self._offer = CollectiveOffer(
             manifest=self._manifest,
             host=self._host,
@@ -197,7 +204,7 @@ class CollectiveSender:
         if offer is None:
             raise WeightTransferError("nothing is on offer: call prepare or offer before each send")
         what = f"broadcast of version {offer.manifest.version} to {', '.join(offer.ranks) or 'nobody'}"
-        with self._flat_in_use, _one_at_a_time(_sending, what, offer.timeout_s):
+        with self._in_use, _one_at_a_time(_sending, what, offer.timeout_s):
             self._offer = None
             if not offer.ranks:
                 return
@@ -209,20 +216,37 @@ class CollectiveSender:
 
     def _broadcast(self, offer: CollectiveOffer, deadline: _Deadline) -> None:
         if self._group is None:
+            self._gather(offer, deadline)
             self._group = _Group(self._store, offer, rank=0)
         under_way: deque[Any] = deque()
-        for bucket in offer.manifest.buckets:
+        for bucket, data in zip(offer.manifest.buckets, self._buckets, strict=False):
             if len(under_way) == IN_FLIGHT:
                 deadline.wait(under_way.popleft())
-            under_way.append(self._group.broadcast(self._flat[bucket.start : bucket.end]))
+            under_way.append(self._group.broadcast(data[: bucket.nbytes]))
         while under_way:
             deadline.wait(under_way.popleft())
         # Small buckets fit into socket buffers: only an answer from each member proves that it has them.
         for member, rank in offer.ranks.items():
             self._collect_receipt(member, _receipt(offer, rank), deadline)
 
+    def _gather(self, offer: CollectiveOffer, deadline: _Deadline) -> None:
+        """Wait until every member is there; only then may anybody begin to connect, which cannot be given up half way."""
+        begun = False
+        try:
+            for rank in offer.ranks.values():
+                self._wait_for(_here(offer, rank), deadline)
+            begun = True
+        finally:
+            self._store.set(_begin(offer), BEGIN if begun else "a member did not come")
+
+    def _wait_for(self, key: str, deadline: _Deadline) -> None:
+        while not self._store.check([key]):
+            deadline.left()
+            if self._cancelled.wait(POLL_S):
+                raise WeightTransferError("a member is gone")
+
     def _collect_receipt(self, member: str, key: str, deadline: _Deadline) -> None:
-        self._store.wait([key], deadline.left())
+        self._wait_for(key, deadline)
         answer = self._store.get(key)
         self._store.delete_key(key)
         if answer != RECEIVED:
@@ -233,6 +257,15 @@ class CollectiveSender:
         if group is not None:
             group.discard()
 
+    def cancel(self) -> None:
+        self._cancelled.set()
+        group = self._group
+        if group is not None and self._in_use.locked():
+            group.discard()
+
+    def taken(self, member: str, version: int) -> None:
+        """It makes no difference."""
+
     def close(self) -> None:
         self._discard_group()
         self._manifest = self._offer = None
@@ -240,6 +273,14 @@ class CollectiveSender:
 
 def _receipt(offer: CollectiveOffer, rank: int) -> str:
     return f"receipt-{offer.serial}-{rank}"
+
+
+def _here(offer: CollectiveOffer, rank: int) -> str:
+    return f"here-{offer.epoch}-{rank}"
+
+
+def _begin(offer: CollectiveOffer) -> str:
+    return f"begin-{offer.epoch}"
 
 
 class CollectiveReceiver:
@@ -283,7 +324,7 @@ class CollectiveReceiver:
         self.close()
 
     def _receive(self, offer: CollectiveOffer, on_tensor: OnTensor, deadline: _Deadline) -> None:
-        group = self._join(offer)
+        group = self._join(offer, deadline)
         manifest = offer.manifest
         buffers = self._buffers_for(manifest)
         under_way: deque[tuple[int, torch.Tensor, Any]] = deque()
@@ -307,7 +348,7 @@ class CollectiveReceiver:
         if data.device.type == "cuda":
             torch.cuda.current_stream(data.device).synchronize()
 
-    def _join(self, offer: CollectiveOffer) -> _Group:
+    def _join(self, offer: CollectiveOffer, deadline: _Deadline) -> _Group:
         address = (offer.host, offer.port)
         if self._group is not None and (self._address, self._group.epoch) == (address, offer.epoch):
             return self._group
@@ -315,7 +356,13 @@ class CollectiveReceiver:
         timeout = timedelta(seconds=offer.timeout_s)
         self._store = torch._C._distributed_c10d.TCPStore(offer.host, offer.port, is_master=False, timeout=timeout)
         self._address = address
-        self._group = _Group(self._store, offer, offer.ranks[self._member])
+        rank = offer.ranks[self._member]
+        self._store.set(_here(offer, rank), self._member)
+        self._store.wait([_begin(offer)], deadline.left())
+        answer = self._store.get(_begin(offer)).decode()
+        if answer != BEGIN:
+            raise WeightTransferError(f"the broadcast of version {offer.manifest.version} did not begin: {answer}")
+        self._group = _Group(self._store, offer, rank)
         return self._group
 
     def _buffers_for(self, manifest: Manifest) -> list[torch.Tensor]:

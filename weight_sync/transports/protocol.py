@@ -66,7 +66,47 @@ class DiskOffer(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
     """Host name of the node that wrote it."""
 
 
-Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer
+class RelayOffer(msgspec.Struct, frozen=True, kw_only=True, tag="relay"):
+    """The version can be pulled, from a stager or from the sender itself."""
+
+    manifest: Manifest
+    """With checksums."""
+    key: str
+    """Names this publication among all senders'."""
+    sender: str
+    source: tuple[str, int]
+    """Host and port where the sender gives its bytes."""
+    routes: dict[str, tuple[str, int]]
+    """Host and port of the stager of each receiver, by member name."""
+    timeout_s: float
+
+
+class DeltaOffer(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """A version of a sender that sends changes: whole, or as the change of the version ``base``."""
+
+    manifest: Manifest
+    """Of the whole version."""
+    chain: str
+    """Names the sender's life: a change applies to nothing that came from elsewhere."""
+    base: int
+    """The version it is a change of; `WHOLE`: of none."""
+    carried: bytes
+    """The offer of another transport: of all tensors, or of the encoded change, named `DELTA`."""
+
+
+class ShardedOffer(msgspec.Struct, frozen=True, kw_only=True, tag="sharded"):
+    """A version whose tensors come from several senders, each of which offers its own."""
+
+    manifest: Manifest
+    """Of all tensors."""
+    parts: tuple[bytes, ...]
+    """One encoded offer a sender, all of the same version."""
+
+
+WHOLE = -1
+DELTA = "delta"
+
+Offer = SharedMemoryOffer | CollectiveOffer | DiskOffer | RelayOffer | DeltaOffer | ShardedOffer
 
 _DECODER = msgspec.msgpack.Decoder(Offer)
 
@@ -85,6 +125,21 @@ def decode_offer(data: bytes) -> Offer:
     return offer
 
 
+def carriers(data: bytes) -> list[Offer]:
+    """The offers that bytes move by: the offer itself, or those that it is made of."""
+    offer = decode_offer(data)
+    if isinstance(offer, DeltaOffer):
+        return carriers(offer.carried) if offer.carried else []
+    if isinstance(offer, ShardedOffer):
+        return [carrier for part in offer.parts for carrier in carriers(part)]
+    return [offer]
+
+
+def is_broadcast(data: bytes) -> bool:
+    """Whether only the named members can receive it, and only while it is sent."""
+    return any(isinstance(carrier, CollectiveOffer) for carrier in carriers(data))
+
+
 class WeightSender(Protocol):
     """The learner's side.
 
@@ -95,7 +150,7 @@ class WeightSender(Protocol):
     kind: str
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str]) -> bytes:
-        """Copies the weights and returns the encoded offer for these members.
+        """Copies the weights, tensor by tensor as the iterator gives them, and returns the encoded offer for these members.
 
         Tensors that share storage may be given once or several times; they are sent once, under their first name.
         Raises WeightTransferError if the weights cannot be laid out or stored.
@@ -117,7 +172,37 @@ class WeightSender(Protocol):
         """
         ...
 
+    def cancel(self) -> None:
+        """End a `send` under way in another thread with an error: a member is known to be gone."""
+        ...
+
+    def taken(self, member: str, version: int) -> None:
+        """A member got ``version`` without this sender's help (from a stager)."""
+        ...
+
     def close(self) -> None: ...
+
+
+class StandingSender:
+    """What senders have in common whose versions lie somewhere for whoever comes: there is nothing to send."""
+
+    _prepared: Any = None
+    """The offer of the last version."""
+
+    def offer(self, members: Sequence[str] = ()) -> bytes:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+        return encode_offer(self._prepared)
+
+    def send(self) -> None:
+        if self._prepared is None:
+            raise WeightTransferError("no version has been prepared yet: call prepare first")
+
+    def cancel(self) -> None:
+        """Nothing is ever under way."""
+
+    def taken(self, member: str, version: int) -> None:
+        """It makes no difference."""
 
 
 class WeightReceiver(Protocol):

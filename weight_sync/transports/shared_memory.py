@@ -22,17 +22,9 @@ from pathlib import Path
 import torch
 
 from weight_sync.errors import WeightTransferError
-from weight_sync.plan import Manifest
-from weight_sync.tensors import (
-    NamedTensors,
-    bucket_tensors,
-    pack,
-    plan_tensors,
-    unique_tensors,
-    verify_bucket,
-    with_checksums,
-)
-from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, decode_offer, encode_offer
+from weight_sync.plan import PlanBuilder, TensorSpec, padded
+from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
+from weight_sync.transports.protocol import OnTensor, SharedMemoryOffer, StandingSender, decode_offer, encode_offer
 from weight_sync.transports.weight_file import (
     BEING_WRITTEN,
     HEADER,
@@ -46,6 +38,8 @@ from weight_sync.transports.weight_file import (
 logger = logging.getLogger(__name__)
 
 SLOTS = 2
+GROWTH_BYTES = 16 << 20
+"""By how much a file grows at a time, while the size of a version is not known yet."""
 
 
 def remove_stale_files(directory: str | Path = "/dev/shm") -> list[Path]:
@@ -67,28 +61,42 @@ def remove_stale_files(directory: str | Path = "/dev/shm") -> list[Path]:
     return removed
 
 
-class _Buffer:
-    """One locked, mapped file: a header page and ``capacity`` bytes."""
+class SharedFile:
+    """One locked, mapped file: a header page and ``capacity`` bytes, which may grow."""
 
     def __init__(self, path: Path, capacity: int) -> None:
-        self.path, self.capacity = path, capacity
-        size = HEADER_BYTES + capacity
+        self.path, self.capacity = path, 0
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.grow(capacity)
+        self.mark(BEING_WRITTEN, 0, 0)
+
+    def grow(self, capacity: int) -> None:
+        """Room for so many bytes; what is there stays. Raises WeightTransferError, and is of no use then."""
+        size = HEADER_BYTES + capacity
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self._descriptor, 0, size)
             self._map = mmap.mmap(self._descriptor, size)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._remove()
+            reason = error.strerror if isinstance(error, OSError) else error
             raise WeightTransferError(
-                f"{path.parent} has no room for {size / 2**20:.1f} MiB of weights ({error.strerror}): free some, or "
-                "use weights.transport=collective"
+                f"{self.path.parent} has no room for {size / 2**20:.1f} MiB of weights ({reason}): free some, or use "
+                "weights.transport=collective"
             ) from error
         self.flat = torch.frombuffer(self._map, dtype=torch.uint8, offset=HEADER_BYTES) if capacity else torch.empty(0)
-        self.mark(BEING_WRITTEN, 0, 0)
+        self.capacity = capacity
 
     def mark(self, publication: int, version: int, total_bytes: int) -> None:
         HEADER.pack_into(self._map, 0, MAGIC, publication, version, total_bytes)
+
+    def place(self, plan: PlanBuilder, spec: TensorSpec) -> torch.Tensor:
+        """Where the tensor goes."""
+        end = spec.offset + padded(spec.nbytes)
+        if end > self.capacity:
+            # Linear growth costs nothing here: the bytes stay where they are, and only the first version grows.
+            self.grow(max(end, self.capacity + GROWTH_BYTES))
+        return self.flat[spec.offset : spec.offset + spec.nbytes]
 
     def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -98,8 +106,13 @@ class _Buffer:
         self.flat = torch.empty(0)
         self._remove()
 
+    def discard(self) -> None:
+        """`close`, also after a `grow` that failed."""
+        if self.path.exists():
+            self.close()
 
-class SharedMemorySender:
+
+class SharedMemorySender(StandingSender):
     """Writes each version into one of two files under ``directory``; ``send`` has nothing left to do."""
 
     kind = "shared_memory"
@@ -115,44 +128,33 @@ class SharedMemorySender:
             logger.info("removed %d weight files of dead processes from %s", len(removed), directory)
         self._identity = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._bucket_bytes, self._checksums = bucket_bytes, checksums
-        self._buffers: dict[int, _Buffer] = {}
+        self._buffers: dict[int, SharedFile] = {}
         self._publication = 0
+        self._expected_bytes = 0
         self._prepared: SharedMemoryOffer | None = None
 
     def prepare(self, version: int, named: NamedTensors, members: Sequence[str] = ()) -> bytes:
-        tensors = unique_tensors(named)
-        manifest = plan_tensors(version, tensors, self._bucket_bytes)
         publication = self._publication + 1
-        buffer = self._buffer(publication, manifest)
-        buffer.mark(BEING_WRITTEN, version, manifest.total_bytes)
-        pack(buffer.flat, manifest, tensors)
-        if self._checksums:
-            manifest = with_checksums(manifest, buffer.flat)
+        slot = publication % SLOTS
+        buffer = self._buffer(slot, publication)
+        buffer.mark(BEING_WRITTEN, version, 0)
+        try:
+            manifest = pack(version, named, self._bucket_bytes, buffer.place, checksums=self._checksums)
+        except WeightTransferError:
+            self._buffers.pop(slot).discard()
+            raise
         buffer.mark(publication, version, manifest.total_bytes)
         self._publication = publication
+        self._expected_bytes = manifest.total_bytes
         self._prepared = SharedMemoryOffer(
             manifest=manifest, path=str(buffer.path), publication=publication, node=socket.gethostname()
         )
         return encode_offer(self._prepared)
 
-    def offer(self, members: Sequence[str] = ()) -> bytes:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-        return encode_offer(self._prepared)
-
-    def send(self) -> None:
-        if self._prepared is None:
-            raise WeightTransferError("no version has been prepared yet: call prepare first")
-
-    def _buffer(self, publication: int, manifest: Manifest) -> _Buffer:
-        slot = publication % SLOTS
-        known = self._buffers.get(slot)
-        if known is not None and known.capacity >= manifest.total_bytes:
-            return known
-        if known is not None:
-            self._buffers.pop(slot).close()
-        path = self._directory / f"{self._identity}-{publication}"
-        self._buffers[slot] = _Buffer(path, manifest.total_bytes)
+    def _buffer(self, slot: int, publication: int) -> SharedFile:
+        if slot not in self._buffers:
+            path = self._directory / f"{self._identity}-{publication}"
+            self._buffers[slot] = SharedFile(path, self._expected_bytes)
         return self._buffers[slot]
 
     def close(self) -> None:

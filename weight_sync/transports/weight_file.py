@@ -27,7 +27,7 @@ class WeightFiles:
     def map(self, offer: SharedMemoryOffer) -> mmap.mmap:
         """The file of an offer. Raises WeightTransferError when it is gone, no weight file, or too short."""
         known = self._maps.get(offer.path)
-        if known is not None:
+        if known is not None and len(known) >= HEADER_BYTES + offer.manifest.total_bytes:
             return known
         if not Path(offer.path).name.startswith(PREFIX):
             raise WeightTransferError(f"{offer.path} is not a weight file")

@@ -322,6 +322,12 @@ class ServerEngineActor:
         """Host name of the machine that this engine runs on."""
         return socket.gethostname()
 
+    async def node_id(self) -> str:
+        """Ray's id of the node that this engine runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     async def server_pid(self) -> int | None:
         """Process id of the server; None for an external one."""
         process = self._loaded[0].process if self._loaded is not None else None

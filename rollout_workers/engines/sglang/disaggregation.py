@@ -88,11 +88,17 @@ def pair_calls(request: GenerateRequest, served: int, prefill: PrefillAddress, r
 
 
 def router_command(
-    python: str, host: str, port: int, prefill: Sequence[tuple[str, int]], decode: Sequence[str]
+    python: str,
+    host: str,
+    port: int,
+    prefill: Sequence[tuple[str, int]],
+    decode: Sequence[str],
+    metrics_port: int,
 ) -> list[str]:
     """SGLang's own router over a split fleet, for clients other than Millrace.
 
-    ``prefill``: the URL and bootstrap port of each prefill server; ``decode``: the URLs of the decode servers.
+    ``prefill``: the URL and bootstrap port of each prefill server; ``decode``: the URLs of the decode servers;
+    ``metrics_port``: for its metrics, also on ``host`` (by itself the router takes 29000 of every interface).
     """
     if not prefill or not decode:
         raise ValueError("the router needs at least one prefill and one decode server")
@@ -101,4 +107,5 @@ def router_command(
         words += ["--prefill", url, str(bootstrap_port)]
     for url in decode:
         words += ["--decode", url]
-    return [*words, "--host", host, "--port", str(port)]
+    words += ["--host", host, "--port", str(port)]
+    return [*words, "--prometheus-host", host, "--prometheus-port", str(metrics_port)]

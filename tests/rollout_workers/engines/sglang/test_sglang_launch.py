@@ -146,10 +146,11 @@ def test_a_pair_gets_the_same_room() -> None:
 
 
 def test_the_router_of_sglang_over_a_split_fleet() -> None:
-    words = router_command("py", "127.0.0.1", 8700, [("http://a:1", 8998), ("http://b:1", 8999)], ["http://c:1"])
+    prefill = [("http://a:1", 8998), ("http://b:1", 8999)]
+    words = router_command("py", "127.0.0.1", 8700, prefill, ["http://c:1"], metrics_port=8701)
     assert " ".join(words) == (
         "py -m sglang_router.launch_router --pd-disaggregation --prefill http://a:1 8998 --prefill http://b:1 8999 "
-        "--decode http://c:1 --host 127.0.0.1 --port 8700"
+        "--decode http://c:1 --host 127.0.0.1 --port 8700 --prometheus-host 127.0.0.1 --prometheus-port 8701"
     )
     with pytest.raises(ValueError, match="at least one prefill and one decode"):
-        router_command("py", "127.0.0.1", 8700, [], ["http://c:1"])
+        router_command("py", "127.0.0.1", 8700, [], ["http://c:1"], metrics_port=8701)

@@ -1,0 +1,1 @@
+"""`millrace bench weights`: how weights travel, and what it costs."""

@@ -1,0 +1,104 @@
+"""Real ranks of Megatron-Core over gloo, however they divide the model, against one process with the plain backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learner_fixtures import make_groups, make_learner, train_step
+from megatron_fixtures import ARCHITECTURES, Ranks
+
+from learner.backends.fsdp import FsdpBackend
+from learner.config import LearnerConfig
+from learner.learner import Learner
+
+STEPS = 20
+NUMBERS = ("loss", "grad_norm", "entropy", "tokens/trained", "ratio/mean", "kl/mismatch")
+
+Division = dict[str, Any]
+OF_TWO: dict[str, tuple[str, Division]] = {
+    "tp2": ("qwen3", {"tensor_parallel": 2}),
+    "pp2": ("qwen2", {"pipeline_parallel": 2}),
+    "dp2": ("llama", {"distributed_optimizer": True}),
+    "ep2": ("qwen3_moe", {"expert_parallel": 2}),
+}
+OF_FOUR: dict[str, tuple[str, Division]] = {
+    "tp2-pp2": ("qwen2", {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2-dp2": ("qwen3", {"tensor_parallel": 2, "distributed_optimizer": True}),
+    "tp2-dp2-ep4": ("qwen3_moe", {"tensor_parallel": 2, "expert_parallel": 4}),
+    "pp2-dp2-ep2": ("qwen3_moe", {"pipeline_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True}),
+}
+
+
+def check_steps(alone: Learner, ranked: Learner, steps: int = STEPS) -> None:
+    """Losses and gradient norms over updates of Adam to 1e-4."""
+    for step in range(steps):
+        groups = make_groups(5, seed=step, version=alone.version)
+        expected, found = train_step(alone, groups), train_step(ranked, groups)
+        for name in NUMBERS:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), (step, name)
+    mine, theirs = dict(alone.named_tensors()), dict(ranked.named_tensors())
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", OF_TWO)
+def test_two_ranks_train_as_one(two: Ranks, models: dict[str, Path], case: str) -> None:
+    architecture, division = OF_TWO[case]
+    alone = make_learner(models[architecture], lr=1e-3)
+    check_steps(alone, two.learner(models[architecture], lr=1e-3, **division))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_FOUR)
+def test_four_ranks_train_as_one(four: Ranks, models: dict[str, Path], case: str) -> None:
+    architecture, division = OF_FOUR[case]
+    alone = make_learner(models[architecture], lr=1e-3)
+    check_steps(alone, four.learner(models[architecture], lr=1e-3, **division))
+
+
+@pytest.mark.parametrize("case", OF_TWO)
+def test_one_step_of_gradient_descent_gives_the_same_weights(two: Ranks, models: dict[str, Path], case: str) -> None:
+    """To 1e-6, unclipped, over several micro-batches."""
+    architecture, division = OF_TWO[case]
+    division = {name: value for name, value in division.items() if name != "distributed_optimizer"}
+    settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "clip_grad": 0.0, "token_budget": 64}
+    alone = make_learner(models[architecture], **settings)
+    ranked = two.learner(models[architecture], **division, **settings)
+    groups = make_groups(5)
+    assert train_step(alone, groups)["passes"] > 2
+    train_step(ranked, groups)
+    theirs = dict(ranked.named_tensors())
+    for name, tensor in alone.named_tensors():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "division", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"distributed_optimizer": True}]
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_untouched_weights_come_back_bit_by_bit(
+    two: Ranks, models: dict[str, Path], tmp_path: Path, architecture: str, division: Division
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    experts = {"expert_parallel": 2} if architecture == "qwen3_moe" and "pipeline_parallel" not in division else {}
+    learner = two.learner(models[architecture], **division, **experts)
+    expected = dict(AutoModelForCausalLM.from_pretrained(models[architecture]).named_parameters())
+    found = dict(learner.named_tensors())
+    assert found.keys() == expected.keys()
+    learner.export(tmp_path)
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(exported[name], tensor), name
+
+
+def test_every_rank_gathers_whole_tensors(two: Ranks, models: dict[str, Path]) -> None:
+    two.learner(models["qwen2"], pipeline_parallel=2)
+    first, second = two.do(lambda backend: {n: t.sum().item() for n, t in backend.named_tensors()})
+    assert first == second
+    assert len(first) == len(dict(FsdpBackend(models["qwen2"], LearnerConfig(device="cpu")).named_tensors()))
