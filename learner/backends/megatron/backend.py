@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from learner.backends.frozen import FrozenModel
 from learner.backends.megatron.architecture import SUPPORTED, read_architecture
+from learner.backends.megatron.cpu import plain_torch
 from learner.backends.megatron.exchange import Exchange
 from learner.backends.megatron.files import WeightFiles, read_config, write_weights
 from learner.backends.megatron.model import (
@@ -76,7 +77,8 @@ class MegatronBackend:
         self._architecture.check(sizes)
         self._ranks = Ranks(sizes, self.device, config.rank_timeout_s)
         self._build(path)
-        self._make_frozen(path, initial)
+        with plain_torch():
+            self._make_frozen(path, initial)
         self._loss = Loss(self._ranks, self._architecture.vocabulary, self._reference, self._teacher)
         self._places = self._ranks.places()
         logger.info("training %s", self.describe())
@@ -99,7 +101,8 @@ class MegatronBackend:
             self._optimizer = ModelOptimizer(module, transformer, ranks, self._config)
             if self._dtype is not torch.float32:
                 self._load_weights(files, self._optimizer.set_weight)
-        rotary = RotaryTable(self._hugging_face, self.device)
+        with plain_torch():
+            rotary = RotaryTable(self._hugging_face, self.device)
         divided = is_sequence_parallel(model, ranks)
         self.sharing: Sharing | None = None if divided else self._config.sharing
         self._pipeline = Pipeline(self._optimizer.model, stage, ranks, rotary, divided_tokens=divided)
@@ -108,6 +111,8 @@ class MegatronBackend:
         for slot, parameter in self._exchange.local():
             try:
                 put(parameter, self._exchange.scatter(slot, files.read))
+            except ModelError:
+                raise
             except ValueError as error:
                 raise ModelError(f"config.json and weights belong to different models: {error}") from error
 
@@ -145,6 +150,7 @@ class MegatronBackend:
 
     # Passes
 
+    @torch.no_grad()
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """On the last stage of a pipeline; the others return zeros."""
         found = self._pipeline.run([batch], self._loss.logprobs, backward=False)
@@ -211,10 +217,9 @@ class MegatronBackend:
         yield from fused(gathered, self._architecture.experts)
 
     def master_weights(self) -> Named:
-        """Whole, each on the first rank alone."""
-        keep = dist.get_rank() == 0
-        for name, tensor in self._weights(torch.float32):
-            if keep:
+        """Whole, each on the first rank alone, by the names of files."""
+        for name, tensor in self._exchange.gather(self._optimizer.weight, torch.float32):
+            if dist.get_rank() == 0:
                 yield name, tensor
 
     def save_config(self, directory: Path) -> None:

@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 FACTORIES = ("zeros", "ones", "empty", "full", "tensor")
 """Functions of torch that Megatron-Core calls with ``device="cuda"``."""
 
-_installed = False
+_replaced: list[tuple[Any, str, Any, Any]] = []
+"""Where, which name, what was there, what is there now."""
 
 
 class _Stream:
@@ -37,18 +38,32 @@ class _Stream:
 
 def make_cpu_ready() -> None:
     """Call before Megatron-Core is imported. Does nothing where there is a GPU, or the second time."""
-    global _installed
-    if _installed or torch.cuda.is_available():
+    if _replaced or torch.cuda.is_available():
         return
-    _installed = True
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: CPU
-    cuda.synchronize = lambda *_, **__: None
-    tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *_, **__: self
-    cuda.Stream = cuda.current_stream = _Stream
+    _replace(torch.cuda, "current_device", lambda: CPU)
+    _replace(torch.cuda, "synchronize", lambda *_, **__: None)
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "current_stream", _Stream)
+    _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    _replaced.append((owner, name, getattr(owner, name), new))
+    setattr(owner, name, new)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Meanwhile torch is as it was: for loading Hugging Face models, whose buffers were left unset with other functions in its place."""
+    for owner, name, old, _ in _replaced:
+        setattr(owner, name, old)
+    try:
+        yield
+    finally:
+        for owner, name, _, new in _replaced:
+            setattr(owner, name, new)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

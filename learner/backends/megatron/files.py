@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from learner.backends.megatron.slots import parts_of_fused
 from learner.backends.model import check_attention
 from learner.errors import ModelError
 
@@ -60,13 +61,21 @@ class WeightFiles:
         self._open.close()
 
     def read(self, name: str) -> Tensor:
-        if name not in self._files:
+        """Of an expert also where all experts of a layer are one tensor."""
+        found = self._read(name)
+        if found is None:
+            parts = parts_of_fused(name)
+            whole = self._read(parts.name) if parts is not None else None
+            found = parts.take(whole) if parts is not None and whole is not None else None
+        if found is None:
             raise ModelError(
                 f"model.path={self._path}: its weights lack {name}, which its config.json describes: config.json and weights "
                 "belong to different models"
             )
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return found
+
+    def _read(self, name: str) -> Tensor | None:
+        return self._files[name].get_tensor(name) if name in self._files else None
 
     def _file_names(self) -> list[str]:
         if (self._path / INDEX).is_file():

@@ -1,6 +1,6 @@
 """Which Megatron-Core parameter of which stage holds which Hugging Face tensors. Names only: pure, the same on every rank.
 
-Tensors of experts go by their names in files (``mlp.experts.7.up_proj.weight``); `fused` and `FusedNames` translate them to those
+Tensors of experts go by their names in files (``mlp.experts.7.up_proj.weight``); `fused` and `unfused` translate them to those
 of the loaded model, where one tensor holds all experts of a layer.
 """
 
@@ -132,16 +132,36 @@ def fused_names(slots: Iterable[Slot]) -> list[str]:
     return list(found)
 
 
+@dataclass(frozen=True)
+class FusedPart:
+    """Where a tensor of one expert lies in the tensor ``name`` of all experts of its layer."""
+
+    name: str
+    expert: int
+    half: int | None
+    """Of the gate and up projections, which are one above the other."""
+
+    def take(self, whole: Tensor) -> Tensor:
+        mine = whole[self.expert]
+        return mine if self.half is None else mine.chunk(2, 0)[self.half]
+
+
+def parts_of_fused(name: str) -> FusedPart | None:
+    """None for a tensor that is no expert's."""
+    match = _EXPERT.match(name)
+    if match is None:
+        return None
+    prefix, expert, kind = match[1], int(match[2]), match[3]
+    if kind == "down":
+        return FusedPart(f"{prefix}.down_proj", expert, None)
+    return FusedPart(f"{prefix}.gate_up_proj", expert, 0 if kind == "gate" else 1)
+
+
 def unfused(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
     """Looks tensors up by the names of files where ``state`` has those of the loaded model. Raises KeyError."""
 
     def find(name: str) -> Tensor:
-        match = _EXPERT.match(name)
-        if match is None:
-            return state[name]
-        prefix, expert, kind = match[1], int(match[2]), match[3]
-        if kind == "down":
-            return state[f"{prefix}.down_proj"][expert]
-        return state[f"{prefix}.gate_up_proj"][expert].chunk(2, 0)[0 if kind == "gate" else 1]
+        part = parts_of_fused(name)
+        return state[name] if part is None else part.take(state[part.name])
 
     return find

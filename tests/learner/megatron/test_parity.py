@@ -60,6 +60,21 @@ def test_four_ranks_train_as_one(four: Ranks, models: dict[str, Path], case: str
     check_steps(alone, four.learner(models[architecture], lr=1e-3, **division))
 
 
+@pytest.mark.parametrize("case", ["tp2", "pp2"])
+def test_shared_prefixes_are_computed_once_here_too(two: Ranks, models: dict[str, Path], case: str) -> None:
+    architecture, division = OF_TWO[case]
+    groups = make_groups(4)
+    for group in groups:
+        for trajectory in group.trajectories:
+            trajectory.tokens[:7] = group.trajectories[0].tokens[:7]
+    apart = make_learner(models[architecture], prefix_sharing="off")
+    shared = two.learner(models[architecture], prefix_sharing="on", **division)
+    expected, found = train_step(apart, groups), train_step(shared, groups)
+    for name in NUMBERS:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
+    assert found["packing/prefix_saved"] > 0.0
+
+
 @pytest.mark.parametrize("case", OF_TWO)
 def test_one_step_of_gradient_descent_gives_the_same_weights(two: Ranks, models: dict[str, Path], case: str) -> None:
     """To 1e-6, unclipped, over several micro-batches."""
