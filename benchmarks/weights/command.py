@@ -22,7 +22,9 @@ TABLE_WIDTH = 150
 
 @click.command("weights")
 @click.option("--mb", default=512.0, show_default=True, help="MiB of bfloat16 weights that the transports move.")
-@click.option("--repeats", default=7, show_default=True, help="Rounds that count, after one that is shown as `first`.")
+@click.option(
+    "--repeats", default=7, show_default=True, help="Rounds that count, after two of which one is shown as `first`."
+)
 @click.option("--bucket-mb", default=64.0, show_default=True, help="weights.bucket_mb")
 @click.option("--delta-steps", default=200, show_default=True, help="Updates that travel as changes.")
 @click.option("--lr", default=1e-6, show_default=True, help="Learning rate of those updates.")

@@ -115,9 +115,9 @@ def test_changes_by_stagers_every_second_step_with_an_engine_and_a_stager_killed
     run = tmp_path / "run"
     more = ["engines.replicas=2", "weights.transport=relay", "weights.delta=true", "weights.every=2"]
     process = MillraceProcess("train", *settings(tiny_model, run, "run.steps=31", *more), directory=run)
-    process.wait_for_step(4)
+    process.wait_for_step(4, 240)
     process.kill("engine")
-    process.wait_for_step(10)
+    process.wait_for_step(10, 240)
     process.kill("stager")
     assert process.wait(240) == 0, process.output[-3000:]
     summary = summary_of(run)

@@ -179,3 +179,18 @@ def test_sends_nothing_to_nobody_and_says_so_when_asked_too_early(tmp_path: Path
     assert taker.fetch(offer) is None
     assert "version 1 was offered to nobody" in taker.error
     sender.close()
+
+
+def test_an_engine_may_get_offers_of_several_transports_in_turn(tmp_path: Path) -> None:
+    """Each keeps what it needs from version to version: process group, base, mapped files."""
+    taker, weights = Taker("e0"), evolving_weights()
+    plain = [make_sender(WeightsConfig(timeout_s=20.0), kind) for kind in ("collective", "relay")]
+    senders = [*plain, make("shared_memory", tmp_path)]
+    for version in (1, 2, 3):
+        named = next(weights)
+        for sender in senders:
+            sender.prepare(version, iter(named), [])
+            assert move(sender, [taker]) == [version], taker.error
+            taker.expect(named)
+    for sender in senders:
+        sender.close()

@@ -127,12 +127,14 @@ class AnyReceiver:
         return self._fetch(offer, decode_offer(offer), on_tensor)
 
     def _forget_all_but(self, parts: Sequence[Offer], offer: bytes) -> None:
-        """Let go of the copies and the process groups that belong to senders which are gone."""
+        """Let go of the copies and the process groups of senders that others have taken the place of."""
         chains = {part.chain for part in parts if isinstance(part, DeltaOffer)}
-        self._held = {chain: held for chain, held in self._held.items() if chain in chains}
+        if chains:
+            self._held = {chain: held for chain, held in self._held.items() if chain in chains}
         places = {(each.host, each.port) for each in carriers(offer) if isinstance(each, CollectiveOffer)}
-        for key in [key for key in self._receivers if isinstance(key, tuple) and key not in places]:
-            self._receivers.pop(key).close()
+        if places:
+            for key in [key for key in self._receivers if isinstance(key, tuple) and key not in places]:
+                self._receivers.pop(key).close()
 
     def _make(self, kind: type) -> WeightReceiver:
         if kind is SharedMemoryOffer:
