@@ -34,6 +34,8 @@ class StepSettings:
     skip_no_signal: bool = True
     pass_tokens: int = 8192
     """Most tokens in one pass; passes start as soon as that many are waiting."""
+    largest_pass: int | None = None
+    """Most tokens in a pass of trajectories that share a prefix, where that is more than ``pass_tokens``."""
     deterministic: bool = False
     """Wait for all groups and take them in dispatch order, so that the result does not depend on arrival."""
 
@@ -76,7 +78,7 @@ class StreamingStep:
             return
         width, budget = self._ranks.width, self._settings.pass_tokens
         if self._computed(self._pending) >= budget * width:
-            bins = sorted(pack_shared(self._pending, budget, self._ranks.sharing), key=self._computed, reverse=True)
+            bins = sorted(self._packed(self._pending), key=self._computed, reverse=True)
             count = max(1, (len(bins) - 1) // width) * width
             self._pending = [sample for samples in bins[count:] for sample in samples]
             self._run(bins[:count])
@@ -92,11 +94,15 @@ class StreamingStep:
 
     def _even(self, samples: list[Sample]) -> list[list[Sample]]:
         """Bins for what is left: as many for each rank, with as even a load as can be had."""
-        width, budget = self._ranks.width, self._settings.pass_tokens
-        bins = pack_shared(samples, budget, self._ranks.sharing)
+        width = self._ranks.width
+        bins = self._packed(samples)
         if width == 1 or not bins:
             return bins
         return balance_shared(samples, -(-len(bins) // width) * width, self._ranks.sharing)
+
+    def _packed(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        settings = self._settings
+        return pack_shared(samples, settings.pass_tokens, self._ranks.sharing, settings.largest_pass)
 
     def _computed(self, samples: Sequence[Sample]) -> int:
         return computed_tokens(samples, self._ranks.sharing)
