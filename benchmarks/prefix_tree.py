@@ -114,14 +114,15 @@ class Pass:
 
 
 def run_passes(backend: FsdpBackend, samples: Sequence[Sample], sharing: Sharing | None, budget: int) -> Pass:
-    """Pack, collate, forward, backward; the gradient is left at zero."""
+    """Pack as a learner does, collate, forward, backward; the gradient is left at zero."""
     from learner.backends.ranks import train_bin
+    from learner.config import LearnerConfig
     from learner.objectives.config import ObjectiveConfig
     from learner.tree_packing import pack_shared
 
     backend.sharing = sharing
     wall, cpu, loss = time.perf_counter(), time.process_time(), 0.0
-    for members in pack_shared(samples, budget, sharing):
+    for members in pack_shared(samples, budget, sharing, LearnerConfig.token_budget):
         loss += train_bin(backend, members, ObjectiveConfig()).sums.loss
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     gradient = {name: p.grad for name, p in backend._parameters.items() if p.grad is not None}

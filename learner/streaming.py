@@ -37,6 +37,8 @@ class StepSettings:
     skip_no_signal: bool = True
     pass_tokens: int = 8192
     """Most tokens in one pass; passes start as soon as that many are waiting."""
+    largest_pass: int | None = None
+    """Most tokens in a pass of trajectories that share a prefix, where that is more than ``pass_tokens``."""
     deterministic: bool = False
     """Wait for all groups and take them in dispatch order, so that the result does not depend on arrival."""
 
@@ -83,7 +85,7 @@ class StreamingStep:
         self._passes = 0
         self._rounds: list[list[list[Sample]]] = []
         """The passes since the last update, as they ran: looked through again when the gradient they add up to is not finite."""
-        self._packer = packer_for(ranks.sharing)
+        self._packer = packer_for(ranks.sharing, settings.largest_pass)
         self._packing = PackingCounts(ranks.width, self._packer)
         self._bad: list[str] = []
         self._norms: list[float] = []

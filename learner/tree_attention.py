@@ -153,6 +153,7 @@ def _own_part(segments: Sequence[tuple[int, int]], device: torch.device | str) -
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scaling: float | None) -> Tensor:
     """Attention of ``query [1, heads, T, D]`` to ``key`` and ``value [1, kv_heads, T, D]``: ``[1, T, heads, D]``."""
+    query, key, value = _of_one_dtype(query, key, value)
     if query.device.type != "cpu":
         attend = _compiled_flex_attention()
         found = attend(query, key, value, block_mask=layout.block_mask, scale=scaling, enable_gqa=True)
@@ -161,6 +162,14 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     merged: Tensor = _Merged.apply(*flat, layout, scaling)  # type: ignore[no-untyped-call]
     return merged.unsqueeze(0)
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """In the dtype that autocast, if it is on, would choose for attention; norms leave queries and keys in another than values."""
+    kind, dtype = query.device.type, value.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return [tensor.to(dtype) for tensor in (query, key, value)]
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.prefix_tree import BREAK_EVEN, Load, fit, overhead, prefix_tree, run
+from benchmarks.prefix_tree import BREAK_EVEN, Load, fit, overhead, prefix_tree
 
 SMALL = ["--hidden", "128", "--layers", "1", "--repeats", "2"]
 
@@ -28,11 +28,15 @@ def test_the_prefix_tree_benchmark_compares_equal_passes(tmp_path: Path) -> None
     assert "of ratio" in result.output
 
 
-def test_what_sharing_costs_is_fitted() -> None:
-    loads = BREAK_EVEN[:2]
-    found = run(loads, repeats=1, break_even=True)
-    assert found["results"]["overhead_tokens"] == [round(overhead(row), 2) for row in found["results"]["loads"]]
-    assert [row["prefix"] for row in found["results"]["loads"]] == [4, 16]
+def test_what_sharing_costs_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.prefix_tree.BREAK_EVEN", BREAK_EVEN[:2])
+    result = CliRunner().invoke(prefix_tree, [*SMALL, "--break-even", "--json", str(tmp_path / "b.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [row["prefix"] for row in found["loads"]] == [4, 16]
+    assert found["overhead_tokens"] == [round(overhead(row), 2) for row in found["loads"]]
+    assert set(found["sharing"]) == {"call", "reader"}
+    assert "for each reader" in " ".join(result.output.split())
 
 
 def test_the_fit_finds_the_costs_that_were_put_in() -> None:

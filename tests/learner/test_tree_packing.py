@@ -63,6 +63,14 @@ def test_a_group_over_the_budget_is_cut_into_few_runs() -> None:
     assert [computed_tokens(run, ALWAYS) for run in runs] == [100, 100, 100]
 
 
+def test_a_group_over_the_budget_is_not_cut_where_a_pass_may_be_larger() -> None:
+    group = group_of(0, 60, [10] * 12)
+    alone = group_of(1, 20, [5])
+    bins = pack_shared([*alone, *group], 100, ALWAYS, largest=400)
+    assert [computed_tokens(samples, ALWAYS) for samples in bins] == [180, 25]
+    assert pack_shared(group, 100, ALWAYS, largest=50) == pack_shared(group, 100, ALWAYS)
+
+
 def test_ranks_get_even_shares_of_groups_with_long_prompts() -> None:
     rng = np.random.default_rng(4)
     groups = [group_of(n, int(rng.integers(100, 900)), rng.integers(20, 300, 8).tolist()) for n in range(12)]
