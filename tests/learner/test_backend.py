@@ -114,7 +114,8 @@ def test_a_loss_that_is_not_finite_names_its_trajectory_and_adds_no_gradient(mod
     broken = MicroBatch(**{**vars(batch), "behaviour": behaviour})
     result = backend.forward_backward(broken, OBJECTIVE)
     sample = batch.samples[2]
-    assert result.bad_samples == (f"{sample.group_id}/{sample.trajectory_id}",)
+    first, last = sample.positions[[0, -1]] + 1
+    assert result.bad_samples == (f"{sample.group_id}/{sample.trajectory_id} tokens {first}-{last}",)
     assert all(p.grad is None for p in backend._parameters.values())
 
 
