@@ -40,6 +40,7 @@ class RankGroup:
         self._timeout_s = timeout_s
         self._config = config
         self._facts: dict[str, Any] = {}
+        self._met = False
         self.on_cpu = True
         self.updates = 0
         # Ranks do things together in the order in which they are told, which must be the same for all of them.
@@ -66,9 +67,10 @@ class RankGroup:
 
     def load(self, path: str | Path, initial: str | Path | None) -> None:
         """Have the ranks meet and build model and optimizer. Raises LearnerError, ModelError."""
-        if not self._facts:
+        if not self._met:
             address = self._answers([self._ranks[0].address.remote()], "start (has each rank its GPU?)")[0]
             self._all("join", address)
+            self._met = True
         self._facts = self._all("load", str(path), None if initial is None else str(initial))[0]
         self.on_cpu = self._facts["device"] == "cpu"
         self.updates = 0

@@ -25,7 +25,7 @@ def settings_of(world: int, **settings: Any) -> LearnerConfig:
     return LearnerConfig(**{"warm_up_steps": 0, "device": "cpu", "ranks": world, **settings})
 
 
-def make_group(world: int, timeout_s: float = 60.0, **settings: Any) -> RankGroup:
+def make_group(world: int, timeout_s: float = 240.0, **settings: Any) -> RankGroup:
     config = settings_of(world, **settings)
     kind = ray.remote(ReusedRank).options(num_cpus=0, num_gpus=0 if config.device == "cpu" else 1)
     ranks = [kind.remote(RankSettings(rank, world, config, "float32", 1, 1, timeout_s)) for rank in range(world)]
