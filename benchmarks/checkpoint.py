@@ -16,10 +16,9 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.output import document, write_json
+from benchmarks.output import document, table_console, write_json
 
 VOCABULARY = 512
 
@@ -39,7 +38,9 @@ def make_model(directory: Path, settings: Settings) -> int:
     """A random Qwen3; returns its parameters."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(settings.seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -144,7 +145,13 @@ def run(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="millrace-checkpoint-") as place:
         model = Path(place) / "model"
         parameters = make_model(model, settings)
-        ray.init(address="local", num_cpus=settings.ranks, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=settings.ranks,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         try:
             learner = make_learner(model, settings)
             found = [one_of_each(learner, Path(place) / "checkpoints") for _ in range(settings.repeats + 1)][1:]
@@ -192,6 +199,6 @@ def table(found: dict[str, Any]) -> Table:
 def checkpoint(ranks: int, layers: int, hidden: int, repeats: int, seed: int, json_path: Path | None) -> None:
     """How long training stands still for a checkpoint."""
     found = run(Settings(ranks, layers, hidden, repeats, seed))
-    Console().print(table(found))
+    table_console(80).print(table(found))
     if json_path is not None:
         write_json(json_path, found)

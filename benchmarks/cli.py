@@ -19,10 +19,12 @@ BENCHMARKS = {
     "packing": "benchmarks.packing:packing",
     "pd": "benchmarks.pd.command:pd",
     "peer": "benchmarks.peer_trl:peer",
+    "prefix-tree": "benchmarks.prefix_tree:prefix_tree",
     "queue": "benchmarks.queue.command:queue",
     "routing": "benchmarks.routing.command:routing",
     "simulator": "benchmarks.simulator_validation:simulator",
     "staleness": "benchmarks.staleness.command:staleness",
+    "staleness-control": "benchmarks.staleness.control:staleness_control",
     "sync-vs-async": "benchmarks.sync_vs_async.command:sync_vs_async",
     "weights": "benchmarks.weights.command:weights",
 }

@@ -328,6 +328,9 @@ def collate(
     targets = joined((s.targets for s in samples), np.int64)
     positions = torch.from_numpy(row.positions).to(device)
     inverse_temperatures = repeated([1.0 / s.temperature if s.temperature > 0 else 1.0 for s in samples])
+    distinct: Predictions | None = None
+    if isinstance(row.layout, TreeLayout):
+        distinct = _without_repeats(row.positions, targets, inverse_temperatures)
     return MicroBatch(
         inputs=torch.from_numpy(row.inputs.astype(np.int64)).to(device)[None],
         position_ids=torch.from_numpy(row.position_ids).to(device)[None],
@@ -345,20 +348,28 @@ def collate(
         positive=repeated([_is_positive(s) for s in samples]).bool(),
         samples=tuple(samples),
         normaliser=float(sum(counts) if aggregation == "token" else len(samples)),
-        distinct=_distinct(positions, targets, inverse_temperatures) if isinstance(row.layout, TreeLayout) else None,
+        distinct=distinct,
     )
 
 
-def _distinct(positions: torch.Tensor, targets: torch.Tensor, inverse_temperatures: torch.Tensor) -> Predictions | None:
-    """The predictions without repeats; None where there are none."""
-    _, temperature_of = inverse_temperatures.unique(return_inverse=True)
-    rows = torch.stack([positions, targets, temperature_of], dim=1)
-    distinct, of = rows.unique(dim=0, return_inverse=True)
-    if len(distinct) == len(rows):
+def _without_repeats(
+    positions: npt.NDArray[np.int64], targets: torch.Tensor, inverse_temperatures: torch.Tensor
+) -> Predictions | None:
+    """The distinct predictions; None if all differ."""
+    device = targets.device
+    tokens = targets.cpu().numpy()
+    values, temperature_of = np.unique(inverse_temperatures.cpu().numpy(), return_inverse=True)
+    keys = (positions * (int(tokens.max()) + 1) + tokens) * len(values) + temperature_of
+    _, first, of = np.unique(keys, return_index=True, return_inverse=True)
+    if len(first) == len(keys):
         return None
-    first = torch.empty(len(distinct), dtype=torch.int64, device=of.device)
-    first[of] = torch.arange(len(of), device=of.device)
-    return Predictions(positions[first], targets[first], inverse_temperatures[first], of)
+    chosen = torch.from_numpy(first).to(device)
+    return Predictions(
+        positions=torch.from_numpy(positions[first]).to(device),
+        targets=targets[chosen],
+        inverse_temperatures=inverse_temperatures[chosen],
+        of=torch.from_numpy(of).to(device),
+    )
 
 
 def _advantages(sample: Sample) -> npt.NDArray[np.float32]:

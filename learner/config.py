@@ -62,7 +62,7 @@ class LearnerConfig(ObjectiveConfig):
     device: str = "auto"
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
-    """Keep sharded weights and optimizer state in host memory (``fsdp`` on GPUs, more than one rank)."""
+    """Keep sharded weights and optimizer state in host memory (``fsdp`` with more than one rank; it pays on GPUs)."""
     rank_timeout_s: float = 300.0
     """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5

@@ -333,6 +333,7 @@ class Learner:
             max_lag=self._max_lag,
             skip_no_signal=config.skip_no_signal,
             pass_tokens=min(config.token_budget, CPU_PASS_TOKENS) if ranks.on_cpu else config.token_budget,
+            largest_pass=config.token_budget,
             deterministic=self._deterministic,
         )
 

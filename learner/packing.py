@@ -46,7 +46,7 @@ def even_bins(samples: Sequence[Item], width: int, token_budget: int, packer: Pa
     bins = packer.pack(samples, token_budget)
     if width == 1 or not bins:
         return bins
-    limit = max(token_budget, max(map(len, samples)))
+    limit = max(token_budget, max(map(packer.load, bins)))
     count = -(-len(bins) // width) * width
     while True:
         even = sorted(packer.balance(samples, count), key=packer.load, reverse=True)

@@ -41,7 +41,7 @@ class Sharing:
 
 
 ALWAYS = Sharing()
-WHERE_IT_PAYS = Sharing(call=16.0, reader=0.02)
+WHERE_IT_PAYS = Sharing(call=16.0, reader=0.2)
 
 
 class Segment(NamedTuple):

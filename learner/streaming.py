@@ -37,6 +37,8 @@ class StepSettings:
     skip_no_signal: bool = True
     pass_tokens: int = 8192
     """Most tokens in one pass; passes start as soon as that many are waiting."""
+    largest_pass: int | None = None
+    """Most tokens in a pass of trajectories that share a prefix, where that is more than ``pass_tokens``."""
     deterministic: bool = False
     """Wait for all groups and take them in dispatch order, so that the result does not depend on arrival."""
 
@@ -83,7 +85,7 @@ class StreamingStep:
         self._passes = 0
         self._rounds: list[list[list[Sample]]] = []
         """The passes since the last update, as they ran: looked through again when the gradient they add up to is not finite."""
-        self._packer = packer_for(ranks.sharing)
+        self._packer = packer_for(ranks.sharing, settings.largest_pass)
         self._packing = PackingCounts(ranks.width, self._packer)
         self._bad: list[str] = []
         self._norms: list[float] = []
@@ -208,11 +210,15 @@ class StreamingStep:
             return True
         norm = self._ranks.step(normaliser)
         if norm is None:
-            self._bad = self._culprits() or ([f"the gradient of update {index} as a whole"] if index else [])
+            self._bad = self._culprits() or [f"the gradient of {self._named_groups()}, as a whole"]
             return False
         self._norms.append(norm)
         self._rounds.clear()
         return True
+
+    def _named_groups(self, count: int = 8) -> str:
+        names = [group.group_id for group in self._groups if group.has_signal] or [g.group_id for g in self._groups]
+        return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
     def _take(self, group: Group) -> None:
         made = make_samples(group, self._version, self._settings.max_lag, self._settings.objective.advantage)

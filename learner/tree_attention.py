@@ -153,6 +153,7 @@ def _own_part(segments: Sequence[tuple[int, int]], device: torch.device | str) -
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scaling: float | None) -> Tensor:
     """Attention of ``query [1, heads, T, D]`` to ``key`` and ``value [1, kv_heads, T, D]``: ``[1, T, heads, D]``."""
+    query, key, value = _of_one_dtype(query, key, value)
     if query.device.type != "cpu":
         attend = _compiled_flex_attention()
         found = attend(query, key, value, block_mask=layout.block_mask, scale=scaling, enable_gqa=True)
@@ -161,6 +162,14 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     merged: Tensor = _Merged.apply(*flat, layout, scaling)  # type: ignore[no-untyped-call]
     return merged.unsqueeze(0)
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """In the dtype that autocast, if it is on, would choose for attention; norms leave queries and keys in another than values."""
+    kind, dtype = query.device.type, value.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return [tensor.to(dtype) for tensor in (query, key, value)]
 
 
 @cache
@@ -187,8 +196,8 @@ class _Merged(torch.autograd.Function):
             below = shared.readers
             found, found_norms = _part([query[None, below], key[None, shared.keys], value[None, shared.keys]], scaling)
             weight = torch.sigmoid(found_norms[0] - norms[below])
-            output[below] = output[below].lerp_(found[0], weight.to(query.dtype)[..., None])
-            norms[below] = torch.logaddexp(norms[below], found_norms[0])
+            output[below].lerp_(found[0], weight.to(query.dtype)[..., None])
+            torch.logaddexp(norms[below], found_norms[0], out=norms[below])
         ctx.save_for_backward(query, key, value, output, norms)
         ctx.layout, ctx.scaling = layout, scaling
         return output
@@ -209,7 +218,7 @@ class _Merged(torch.autograd.Function):
             rows = [query[None, below], key[None, keys], value[None, keys], output[None, below], norms[None, below]]
             found = _part_backward(gradient[None, below], rows, ctx.scaling)
             for result, span, added in zip(results, (below, keys, keys), found, strict=True):
-                result[span] += added[0]
+                result[span].add_(added[0])
         return to_query, to_key, to_value, None, None
 
 

@@ -23,12 +23,12 @@ def segment_lengths(samples: Sequence[Sample], sharing: Sharing) -> list[int]:
     return [segment.end - segment.start for segment in build_forest([s.inputs for s in samples], sharing).segments]
 
 
-def packer_for(sharing: Sharing | None) -> Packer[Sample]:
-    """How samples are packed where their prefixes are shared in this way; None: not at all."""
+def packer_for(sharing: Sharing | None, largest: int | None = None) -> Packer[Sample]:
+    """How samples are packed where their prefixes are shared in this way; None: not at all. ``largest``: see `pack_shared`."""
     if sharing is None:
         return Packer(pack, balance)
     return Packer(
-        pack=partial(pack_shared, sharing=sharing),
+        pack=partial(pack_shared, sharing=sharing, largest=largest),
         balance=partial(balance_shared, sharing=sharing),
         lengths=partial(segment_lengths, sharing=sharing),
     )
@@ -74,11 +74,18 @@ def _most(family: list[Sample], sharing: Sharing, limit: int) -> int:
     return fits
 
 
-def pack_shared(samples: Sequence[Sample], token_budget: int, sharing: Sharing | None) -> list[list[Sample]]:
-    """As `batching.pack`, with families kept together; ``sharing=None`` is `batching.pack`."""
+def pack_shared(
+    samples: Sequence[Sample], token_budget: int, sharing: Sharing | None, largest: int | None = None
+) -> list[list[Sample]]:
+    """As `batching.pack`, with families kept together; ``sharing=None`` is `batching.pack`.
+
+    A family of more than ``token_budget`` computed tokens runs alone, and is cut only if it has more than ``largest`` (None:
+    ``token_budget``): every cut computes its prefix once more.
+    """
     if sharing is None:
         return pack(samples, token_budget)
-    sized = [(computed_tokens(family, sharing), family) for family in families(samples, sharing, token_budget)]
+    limit = max(token_budget, largest or 0)
+    sized = [(computed_tokens(family, sharing), family) for family in families(samples, sharing, limit)]
     bins: list[list[Sample]] = []
     room: list[int] = []
     for size, family in sorted(sized, key=lambda item: item[0], reverse=True):

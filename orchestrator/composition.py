@@ -114,6 +114,8 @@ def _resolved(merged: DictConfig, origins: dict[str, Origin]) -> Composed[Any]:
 
 def _refused(where: str, error: Exception, key: str = "") -> ConfigError:
     reason = str(getattr(error, "msg", None) or error).strip().split("\n")[0]
+    if "is not a ListConfig" in reason:
+        reason = "must be a list, written [first,second]"
     full_key = key or str(getattr(error, "full_key", "") or "")
     return ConfigError(f"{where}: {full_key}: {reason}" if full_key else f"{where}: {reason}")
 

@@ -324,7 +324,7 @@ class EngineCrew:
                 logger.error("version %d: transfer: %s", version, first_line(result))
         for (name, _), result in zip(members, results[1:], strict=True):
             if isinstance(result, ray.exceptions.RayActorError):
-                self.fleet.lost(name, f"it was gone when version {version} came")
+                self._take_out(name, f"it was gone when version {version} came")
         return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
 
     async def _offered(self, version: int, members: list[tuple[str, Any]]) -> list[Any]:

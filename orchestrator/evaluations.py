@@ -46,7 +46,9 @@ class Evaluations:
         running, ask again when it is `finished`. This never waits for it, because an engine may have to join first.
         """
         every, last = self._config.run.eval_every, self._config.run.steps
-        due = version in (0, last) or (every > 0 and version % every == 0)
+        # Where not every version is published, the first one at or after the due one is evaluated.
+        before = version - self._config.weights.every
+        due = version in (0, last) or (every > 0 and version // every > before // every)
         if not due or self._config.tasks.held_out == 0 or self._run.evaluation_file(version).exists():
             return None
         if self.running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ from orchestrator.recipes import RECIPES
 from orchestrator.run_directory import RunDirectory
 from orchestrator.snapshot import Snapshot
 from orchestrator.view import LiveView
+from rollout_workers.engines.config import SERVERS
+from rollout_workers.errors import EngineFault
 from rollout_workers.loops import load_loop
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,17 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.recipe: there is no recipe {config.model.recipe!r}; there are {', '.join(RECIPES)}, or give model.path"
         )
+    if config.engines.kind in SERVERS and config.cluster.address == "local":  # else the engines are on other machines
+        _check_servers(config)
+
+
+def _check_servers(config: Config) -> None:
+    from rollout_workers.engines.servers.preflight import look_at_servers
+
+    try:
+        asyncio.run(look_at_servers(config.engines))
+    except EngineFault as error:
+        raise ConfigError(str(error)) from error
 
 
 def _try_user_code(key: str, name: str, attempt: Callable[[], Any]) -> None:

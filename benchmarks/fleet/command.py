@@ -59,6 +59,10 @@ def fleet(
     real training run whose engines get SIGKILL; seconds until their requests are elsewhere, episodes lost, turns generated
     again.
     """
+    wanted = list(filter(None, kinds.split(",")))
+    for kind in wanted:
+        if kind not in ACTORS:
+            raise click.BadParameter(f"--kinds {kind!r}: choose from {', '.join(ACTORS)}")
     console = table_console(TABLE_WIDTH)
     results: dict[str, Any] = {"updates": [], "kills": []}
     with tempfile.TemporaryDirectory(prefix="millrace-fleet-") as temporary:
@@ -66,9 +70,7 @@ def fleet(
         for load in _loads(updates, engines, requests, kv, transport, seed):
             with console.status(f"{load.updates} updates, {_manner(load.engines, load.rolling)}, kv={load.kv}"):
                 results["updates"].append(measure_updates(load, model))
-        for kind in filter(None, kinds.split(",")):
-            if kind not in ACTORS:
-                raise click.BadParameter(f"--kinds {kind!r}: choose from {', '.join(ACTORS)}")
+        for kind in wanted:
             plan = KillPlan(kind, engines, kills, below, seed, None if kind == "synthetic" else model)
             with console.status(kind) as status:
                 try:

@@ -20,7 +20,7 @@ from rollout_workers.engines.torch_engine.async_engine import AsyncTorchEngine
 from rollout_workers.engines.torch_engine.engine import TorchEngine
 from rollout_workers.engines.torch_engine.loader import load_model
 from rollout_workers.episode import Episode
-from rollout_workers.episode_context import EpisodeContext
+from rollout_workers.episode_context import EnvironmentProvider, EpisodeContext, Generator
 from rollout_workers.errors import ContextFull, EngineFault
 from rollout_workers.loops import load_loop
 from rollout_workers.step_log import StepRecord
@@ -97,15 +97,60 @@ class LocalEnvironments:
         return LocalLease(task)
 
 
-class Rollouts:
-    """Runs groups of episodes with the configured rollout loop and the environment's own verifier."""
+class Episodes:
+    """Runs episodes with the configured rollout loop and the environment's own verifier."""
 
-    def __init__(self, model: Path, config: RolloutConfig, engine: LocalEngine) -> None:
+    def __init__(
+        self, model: Path, config: RolloutConfig, generator: Generator, environments: EnvironmentProvider
+    ) -> None:
         self._config = config
         self._chat = ChatTokenizer.load(model)
         self._loop = load_loop(config.loop)
+        self._generator = generator
+        self._environments = environments
+
+    async def run(self, header: GroupHeader, member: int, pinned_version: int | None = None) -> list[Trajectory]:
+        """The trajectories of one member of a group, with their reward."""
+        task = header.task
+        context = EpisodeContext(
+            task=task,
+            group_id=header.group_id,
+            episode_id=header.episode_id(member),
+            attempt=0,
+            seed=header.seed,
+            config=self._config,
+            chat=self._chat,
+            generator=self._generator,
+            environments=self._environments,
+            clock=time.time,
+            record=_forget,
+            member=member,
+            pinned_version=pinned_version,
+        )
+        status = Status.FINISHED
+        try:
+            await self._loop(Episode(context), **self._config.args)
+        except ContextFull:
+            status = Status.TRUNCATED
+        finally:
+            context.end()
+        reward = load_environment(task.environment).verify(task, context.outcome).reward
+        made = [
+            builder.build(status, task.domain, task.difficulty, self._config.temperature, 0)
+            for builder in context.builders
+            if builder.sampled
+        ]
+        for trajectory in made:
+            trajectory.reward = reward
+        return made
+
+
+class Rollouts:
+    """Runs whole groups at once."""
+
+    def __init__(self, model: Path, config: RolloutConfig, engine: LocalEngine) -> None:
         self._engine = engine
-        self._environments = LocalEnvironments()
+        self._episodes = Episodes(model, config, engine, LocalEnvironments())
         self._runner = asyncio.Runner()
 
     def close(self) -> None:
@@ -118,44 +163,12 @@ class Rollouts:
         return [encode(group) for group in self._runner.run(self._groups(headers))]
 
     async def _groups(self, headers: Sequence[GroupHeader]) -> list[Group]:
-        episodes = [self._episode(header, member) for header in headers for member in range(header.size)]
+        episodes = [self._episodes.run(header, member) for header in headers for member in range(header.size)]
         trajectories: dict[str, list[Trajectory]] = {header.group_id: [] for header in headers}
         for made in await asyncio.gather(*episodes):
             for trajectory in made:
                 trajectories[trajectory.group_id].append(trajectory)
         return [Group(header=header, trajectories=trajectories[header.group_id]) for header in headers]
-
-    async def _episode(self, header: GroupHeader, member: int) -> list[Trajectory]:
-        task = header.task
-        context = EpisodeContext(
-            task=task,
-            group_id=header.group_id,
-            episode_id=header.episode_id(member),
-            attempt=0,
-            seed=header.seed,
-            config=self._config,
-            chat=self._chat,
-            generator=self._engine,
-            environments=self._environments,
-            clock=time.time,
-            record=_forget,
-            member=member,
-        )
-        status = Status.FINISHED
-        try:
-            await self._loop(Episode(context), **self._config.args)
-        except ContextFull:
-            status = Status.TRUNCATED
-        context.end()
-        reward = load_environment(task.environment).verify(task, context.outcome).reward
-        made = [
-            builder.build(status, task.domain, task.difficulty, self._config.temperature, 0)
-            for builder in context.builders
-            if builder.sampled
-        ]
-        for trajectory in made:
-            trajectory.reward = reward
-        return made
 
 
 def _forget(record: StepRecord) -> None:

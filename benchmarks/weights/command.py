@@ -22,7 +22,9 @@ TABLE_WIDTH = 150
 
 @click.command("weights")
 @click.option("--mb", default=512.0, show_default=True, help="MiB of bfloat16 weights that the transports move.")
-@click.option("--repeats", default=7, show_default=True, help="Rounds that count, after one that is shown as `first`.")
+@click.option(
+    "--repeats", default=7, show_default=True, help="Rounds that count, after two of which one is shown as `first`."
+)
 @click.option("--bucket-mb", default=64.0, show_default=True, help="weights.bucket_mb")
 @click.option("--delta-steps", default=200, show_default=True, help="Updates that travel as changes.")
 @click.option("--lr", default=1e-6, show_default=True, help="Learning rate of those updates.")
@@ -51,7 +53,7 @@ def weights(
     if "delta" in wanted:
         results["delta"] = measure_changes(ChangesPlan(steps=delta_steps, lr=lr))
     if "kill" in wanted:
-        results["kill"] = measure_kills(mb / 4)
+        results["kill"] = measure_kills(max(64.0, mb / 4))
     if "stall" in wanted:
         results["stall"] = [measure_stall(transport, updates) for transport in ("shared_memory", "collective")]
     settings = {"mb": mb, "repeats": repeats, "bucket_mb": bucket_mb, "delta_steps": delta_steps, "lr": lr}

@@ -30,7 +30,7 @@ def measure_kill(named: list[tuple[str, Any]], kill_at: int) -> dict[str, Any]:
     from weight_sync.transports.collective import CollectiveSender
 
     receivers = Receivers(MEMBERS)
-    sender = CollectiveSender(bucket_bytes=8 << 20, timeout_s=TIMEOUT_S)
+    sender = CollectiveSender(bucket_bytes=4 << 20, timeout_s=TIMEOUT_S)
     try:
         for version in (1, 2):
             sender.prepare(version, named, [])

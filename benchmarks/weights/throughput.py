@@ -18,6 +18,9 @@ from typing import Any
 
 from benchmarks.weights.engines import Fetched, Receivers, raw_broadcast
 
+WARM_UP = 2
+"""Rounds that do not count: senders have two files that take turns, and each is touched for the first time once."""
+
 HIDDEN, KV, MLP = 1024, 512, 3072
 """Shapes of the matrices of one layer: 26 MiB in bfloat16, as of a model of 0.6 B parameters."""
 
@@ -89,7 +92,7 @@ class Memcpy:
 
 
 def measure(megabytes: float, repeats: int, bucket_mb: float, ways: Sequence[Way] = WAYS) -> dict[str, Any]:
-    """All transports. ``repeats`` rounds count; one before them, in which memory is touched first, is shown apart."""
+    """All transports. ``repeats`` rounds count; of those before, in which memory is touched for the first time, the first is shown."""
     import torch
 
     from weight_sync.config import WeightsConfig
@@ -114,7 +117,7 @@ def measure(megabytes: float, repeats: int, bucket_mb: float, ways: Sequence[Way
         }
         rounds: dict[str, list[Round]] = {way.name: [] for way in ways}
         try:
-            for number in range(repeats + 1):
+            for number in range(repeats + WARM_UP):
                 for way in ways:
                     rounds[way.name].append(
                         one_round(senders[way.name], stager, named, number + 1, receivers, reference)
@@ -167,8 +170,8 @@ def one_round(
 
 
 def summary(rounds: list[Round], nbytes: int) -> dict[str, Any]:
-    """Of the rounds but the first: medians, and shares taken round by round."""
-    first, counted = rounds[0], rounds[1:]
+    """Of the rounds that count: medians, and shares taken round by round."""
+    first, counted = rounds[0], rounds[WARM_UP:]
 
     def rate(seconds: list[float]) -> float:
         return round(nbytes / statistics.median(seconds) / 1e9, 3)

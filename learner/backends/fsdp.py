@@ -25,10 +25,11 @@ from learner.backends.protocol import PassResult
 from learner.backends.sharding import as_sharded, shard, whole
 from learner.batching import MicroBatch, idle_batch
 from learner.config import LearnerConfig
-from learner.errors import CheckpointError
+from learner.errors import CheckpointError, ModelError
 from learner.objectives.config import ObjectiveConfig
 from learner.objectives.regularisers import distillation_loss
 from learner.objectives.token_statistics import token_logprobs
+from learner.prefix_tree import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class FsdpBackend:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
-        self.sharing = None if _has_dropout(self._model.config) else config.sharing
+        self.sharing = _sharing_for(self._model.config, config)
         self._world = world
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
@@ -265,6 +266,16 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) 
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def _has_dropout(config: Any) -> bool:
-    """Whether attention drops at random: sequences that share a prefix would drop the same."""
-    return any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+def _sharing_for(model_config: Any, config: LearnerConfig) -> Sharing | None:
+    """None for a model whose attention drops at random: sequences that share a prefix would drop the same.
+
+    Raises ModelError if sharing was asked for then.
+    """
+    if not any(getattr(model_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+        return config.sharing
+    if config.prefix_sharing == "on":
+        raise ModelError(
+            "learner.prefix_sharing=on: this model has attention dropout, which would drop the same for all that share a prefix; "
+            "use auto or off, or set attention_dropout to 0 in its config.json"
+        )
+    return None

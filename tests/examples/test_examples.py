@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,9 @@ def run_as_documented(example: str, directory: Path, timeout_s: float = 180.0) -
     finally:
         if process.poll() is None:
             for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                each.kill()
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait(30)
 
 
 def assert_finished(example: str, directory: Path) -> None:

@@ -35,10 +35,16 @@ def trajectory(group_id: str, episode_id: str, versions: Sequence[int], padding:
 
 
 def entry(
-    group_id: str, episode_id: str, versions: Sequence[int] = (0,), padding: int = 0, status: Status = Status.FINISHED
+    group_id: str,
+    episode_id: str,
+    versions: Sequence[int] = (0,),
+    padding: int = 0,
+    status: Status = Status.FINISHED,
+    reward: float | None = 1.0,
 ) -> EpisodeEntry:
     """A finished episode of one trajectory."""
     record = trajectory(group_id, episode_id, versions, padding)
+    record.reward = reward
     record.status = status
     return make_entry([record])
 

@@ -75,3 +75,40 @@ def test_weights_travel_by_nccl(model_directory: Path) -> None:
         assert torch.equal(received[name], tensor.cpu())
     receiver.close()
     sender.close()
+
+
+def test_shared_prefixes_by_flex_attention_give_the_plain_loss_and_gradient(model_directory: Path) -> None:
+    from learner.backends.fsdp import FsdpBackend
+    from learner.batching import Sample, collate
+    from learner.config import LearnerConfig
+    from learner.prefix_tree import ALWAYS
+
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(3, 60, 300)
+    samples = []
+    for index, length in enumerate((200, 150, 90, 31)):
+        tokens = np.concatenate([prompt, rng.integers(3, 60, length)]).astype(np.int32)
+        positions = np.arange(len(prompt), len(tokens) - 1)
+        samples.append(
+            Sample(
+                trajectory_id=str(index),
+                group_id="g",
+                inputs=tokens[:-1],
+                positions=positions,
+                targets=tokens[positions + 1].astype(np.int64),
+                behaviour=np.full(len(positions), -4.0, np.float32),
+                lags=np.zeros(len(positions), np.int64),
+                advantage=float((-1) ** index),
+                temperature=1.0,
+            )
+        )
+    config = LearnerConfig(device="cuda")
+    found = []
+    for sharing in (ALWAYS, None):
+        backend = FsdpBackend(model_directory, config)
+        sums = backend.forward_backward(collate(samples, "token", backend.device, sharing=sharing), config).sums
+        found.append((sums.loss, {name: p.grad for name, p in backend._parameters.items() if p.grad is not None}))
+    (shared_loss, shared), (plain_loss, plain) = found
+    assert shared_loss == pytest.approx(plain_loss, rel=1e-4)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()), msg=name)

@@ -98,6 +98,18 @@ def make_groups(count: int, size: int = 4, seed: int = 0, version: int = 0) -> l
     return [*groups, make_group(count - 1, [1.0] * size, rng, version=version)]
 
 
+def with_prompts(groups: Sequence[Group], length: int = 40) -> list[Group]:
+    """The same groups, each trajectory behind ``length`` observed tokens that its group has in common."""
+    for group in groups:
+        prompt = np.random.default_rng(group.header.index).integers(0, VOCABULARY, length).astype(np.int32)
+        for trajectory in group.trajectories:
+            trajectory.tokens = np.concatenate([prompt, trajectory.tokens])
+            trajectory.trainable = np.concatenate([np.zeros(length, np.bool_), trajectory.trainable])
+            trajectory.logprobs = np.concatenate([np.zeros(length, np.float32), trajectory.logprobs])
+            trajectory.versions = np.concatenate([np.full(length, -1, np.int32), trajectory.versions])
+    return list(groups)
+
+
 def make_learner(directory: Path, *, max_lag: int = 4, deterministic: bool = False, **settings: object) -> Learner:
     config = LearnerConfig(warm_up_steps=0, device="cpu", **settings)  # type: ignore[arg-type]
     learner = Learner(config, ModelConfig(), max_lag=max_lag, deterministic=deterministic, seed=1)

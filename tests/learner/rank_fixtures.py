@@ -27,7 +27,7 @@ def settings_of(world: int, **settings: Any) -> LearnerConfig:
 
 def make_group(world: int, timeout_s: float = 60.0, **settings: Any) -> RankGroup:
     config = settings_of(world, **settings)
-    kind = ray.remote(ReusedRank).options(num_cpus=0)
+    kind = ray.remote(ReusedRank).options(num_cpus=0, num_gpus=0 if config.device == "cpu" else 1)
     ranks = [kind.remote(RankSettings(rank, world, config, "float32", 1, 1, timeout_s)) for rank in range(world)]
     return RankGroup(ranks, config, timeout_s)
 

@@ -25,11 +25,13 @@ def test_defaults_are_valid_and_fit_omegaconf() -> None:
         ("risk_low", 0.9, "learner.risk_low=0.9 and learner.risk_high=0.8"),
         ("correction", "full", "learner.correction='full'"),
         ("aggregation", "word", "learner.aggregation='word'"),
+        ("prefix_sharing", "always", "learner.prefix_sharing='always' is unknown: use one of auto, on, off"),
         ("token_budget", 0, "learner.token_budget=0 must be at least 1"),
         ("lr", 0.0, "learner.lr=0.0 must be greater than 0"),
         ("clip_low", 1.5, "learner.clip_low=1.5"),
         ("betas", [0.9], "learner.betas="),
         ("threads", 0, "learner.threads=0"),
+        ("optimizer", "lion", "learner.optimizer='lion' is unknown: use one of adamw, sgd"),
         ("clip_grad", -1.0, "learner.clip_grad=-1.0 must not be negative"),
     ],
 )

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from learner.objectives.config import ObjectiveConfig
-from learner.objectives.presets import PRESETS
 
 CLIP: dict[str, Any] = {"surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28}
 
@@ -19,6 +18,11 @@ CLIP: dict[str, Any] = {"surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28}
         ({"correction": "tis", "proximal": "interpolated"}, "is learner.correction=decoupled"),
         ({"correction": "decoupled", "proximal": "recomputed"}, "learner.proximal=recomputed can have no effect"),
         ({"correction": "none", "proximal": "interpolated"}, "can have no effect with learner.correction=none"),
+        (
+            {"correction": "unweighted", "proximal": "interpolated"},
+            "can have no effect with learner.correction=unweighted",
+        ),
+        ({"correction": "unweighted", "correction_level": "sequence"}, "correction_level=sequence can have no effect"),
         ({"correction": "none", "correction_level": "sequence"}, "correction_level=sequence can have no effect"),
         ({"dual_clip": 3.0}, "learner.dual_clip can have no effect with learner.surrogate=plain"),
         ({"kl_coef": 0.1, "kl_kind": "k1"}, "learner.kl_kind=k1 can have no effect in the loss"),
@@ -50,11 +54,3 @@ def test_each_kind_of_objective_has_a_valid_form() -> None:
         {"correction": "double_sided", "correction_level": "sequence"},
     ):
         ObjectiveConfig(**settings).validate_objective()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_set_what_exists_and_is_valid(name: str) -> None:
-    preset = PRESETS[name]
-    settings = {key.removeprefix("learner."): value for key, value in preset.settings.items()}
-    ObjectiveConfig(**settings).validate_objective()
-    assert preset.source

@@ -15,7 +15,7 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learner_fixtures import make_groups, make_learner, train_step
+from learner_fixtures import make_groups, make_learner, train_step, with_prompts
 from rank_fixtures import learner_on, make_group, settings_of
 
 from experience.records import Group
@@ -75,6 +75,17 @@ def test_ranks_train_as_one(request: pytest.FixtureRequest, model_directory: Pat
     alone, ranked = make_learner(model_directory, lr=1e-3), learner_on(group, model_directory, lr=1e-3)
     assert_same_steps(alone, ranked, 20)
     assert_same_weights(alone, ranked, rtol=1e-3, atol=2e-4)
+
+
+def test_ranks_share_prefixes_too(pair: RankGroup, model_directory: Path) -> None:
+    alone = make_learner(model_directory, lr=1e-3, prefix_sharing="off")
+    ranked = learner_on(pair, model_directory, lr=1e-3, prefix_sharing="on")
+    for step in range(3):
+        groups = with_prompts(make_groups(5, seed=step, version=alone.version))
+        expected, found = train_step(alone, groups), train_step(ranked, groups)
+        for name in ("loss", "grad_norm", "entropy", "tokens/trained", "ratio/mean"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), (step, name)
+        assert found["packing/prefix_saved"] > 0.3
 
 
 def test_weights_after_a_step_of_gradient_descent_are_those_of_one_rank(pair: RankGroup, model_directory: Path) -> None:
@@ -211,3 +222,13 @@ def test_a_rank_that_hangs_is_given_up(cluster: None, model_directory: Path) -> 
     with pytest.raises(LearnerError, match=r"discard_gradient: no answer from rank 1 of the learner in 1 s"):
         group.discard_gradient()
     os.kill(second, signal.SIGKILL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_ranks_on_gpus_train_as_one_on_a_cpu(cluster: None, model_directory: Path, cpu_offload: bool) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    settings: dict[str, Any] = {"lr": 1e-3, "device": "cuda", "cpu_offload": cpu_offload}
+    ranked = learner_on(make_group(2, **settings), model_directory, **settings)
+    assert_same_steps(make_learner(model_directory, lr=1e-3), ranked, 3, rel=1e-3)

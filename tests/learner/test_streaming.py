@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_fixtures import make_group, make_groups
+from learner_fixtures import make_group, make_groups, with_prompts
 
 from experience.records import Group
 from learner.backends.fsdp import FsdpBackend
@@ -36,7 +36,8 @@ class RecordingBackend(FsdpBackend):
 def run_step(
     directory: Path, arrivals: list[list[Group]], flush: bool = False, version: int = 0, **settings: Any
 ) -> tuple[StepResult, RecordingBackend]:
-    backend = RecordingBackend(directory, LearnerConfig(device="cpu", warm_up_steps=0))
+    sharing = settings.pop("prefix_sharing", "auto")
+    backend = RecordingBackend(directory, LearnerConfig(device="cpu", warm_up_steps=0, prefix_sharing=sharing))
     objective = ObjectiveConfig(**{key: settings.pop(key) for key in OBJECTIVE_FIELDS & settings.keys()})
     step = StreamingStep(OneRank(backend), replace(SETTINGS, objective=objective, **settings), version)
     for groups in arrivals:
@@ -202,3 +203,19 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_trajectory(model_directo
     assert [found.split(" tokens ")[0] for found in result.bad_samples] == ["g1/g1-2"]
     assert backend.updates == 0
     assert all(parameter.grad is None for parameter in backend._parameters.values())
+
+
+@pytest.mark.parametrize("objective", [{}, {"second_moment_limit": 0.5, "correction": "none"}])
+def test_shared_prefixes_change_no_result(model_directory: Path, objective: dict[str, Any]) -> None:
+    groups = with_prompts(make_groups(6))
+    plain, reference = run_step(model_directory, [groups], prefix_sharing="off", **objective)
+    assert plain.metrics["packing/prefix_saved"] == 0.0
+    arrivals = [[groups[i]] for i in (3, 0, 5, 1, 4, 2)]
+    for sharing, pass_tokens in (("on", 100_000), ("on", 150), ("auto", 300)):
+        result, backend = run_step(
+            model_directory, arrivals, True, prefix_sharing=sharing, pass_tokens=pass_tokens, **objective
+        )
+        assert_same_gradient(backend, reference)
+        assert 0.3 < result.metrics["packing/prefix_saved"] < 0.75
+        for name in plain.metrics.keys() - {"passes", "packing/padding", "packing/imbalance", "packing/prefix_saved"}:
+            assert result.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-5, abs=1e-6), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from learner.attention import ragged_attention
 from learner.backends.fsdp import FsdpBackend
 from learner.batching import Sample, collate
 from learner.config import LearnerConfig
+from learner.errors import ModelError
 from learner.objectives.config import ObjectiveConfig
 from learner.prefix_tree import ALWAYS, build_forest
 from learner.tree_attention import TreeLayout, make_tree_layout, sees
@@ -155,6 +158,31 @@ def test_every_kind_of_pass_is_that_without_sharing(
     _, shared = passes(model_directory, samples, ALWAYS, **changes)
     _, plain = passes(model_directory, samples, None, **changes)
     assert_equal_passes(shared, plain)
+
+
+def test_sharing_in_bfloat16_is_as_near_to_float32_as_not_sharing(model_directory: Path) -> None:
+    prompt = np.random.default_rng(2).integers(0, 64, 30).astype(np.int32)
+    samples = as_samples([np.append(prompt, np.arange(n, dtype=np.int32)) for n in (9, 5, 3)])
+    found = {}
+    for name, dtype, sharing in (
+        ("exact", "float32", None),
+        ("plain", "bfloat16", None),
+        ("shared", "bfloat16", ALWAYS),
+    ):
+        backend = FsdpBackend(model_directory, LearnerConfig(device="cpu"), dtype)
+        found[name] = backend.forward(collate(samples, "token", sharing=sharing))
+        assert backend.forward_backward(collate(samples, "token", sharing=sharing), ObjectiveConfig()).bad_samples == ()
+    errors = {name: float((found[name] - found["exact"]).abs().max()) for name in ("plain", "shared")}
+    assert 0 < errors["shared"] < 2 * errors["plain"]
+
+
+def test_a_model_with_attention_dropout_shares_nothing(model_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_directory, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
+    assert FsdpBackend(tmp_path, LearnerConfig(device="cpu")).sharing is None
+    with pytest.raises(ModelError, match=r"learner\.prefix_sharing=on: this model has attention dropout"):
+        FsdpBackend(tmp_path, LearnerConfig(device="cpu", prefix_sharing="on"))
 
 
 def test_a_bad_sample_is_named_though_others_share_its_tokens(model_directory: Path) -> None:

@@ -19,6 +19,7 @@ from experience.accounting import Span, read_timeline
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
 ACTORS = {
+    "stager": "StagerActor",
     "worker": "RolloutWorkerActor",
     "engine": "EngineActor",
     "environment": "EnvironmentActor",

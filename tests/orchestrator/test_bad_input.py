@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.recipes.shop_small.vocabulary import words
+from rollout_workers.engines.servers import environment, preflight
+from rollout_workers.engines.servers.bring_up import ServerTimes
 
 SMALL = ["smoke", "--dry-run", "tasks.environment=coin_environment:CoinEnvironment"]
 
@@ -62,6 +65,38 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(
     text = refuse(override)
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_servers_that_cannot_be_had_are_named_before_anything_is_made(kind: str, refuse: Callable[..., str]) -> None:
+    text = refuse(f"engines.kind={kind}", f"engines.{kind}.python=/there/is/none/bin/python")
+    assert f"engines.{kind}.python=/there/is/none/bin/python: there is no such file" in text
+    assert "make engines" in text
+    text = refuse(f"engines.kind={kind}", f"engines.{kind}.python={sys.executable}")
+    assert f"has no {kind}" in text
+    assert "make engines" in text
+    assert "did you mean" in refuse(f"engines.kind={kind}", f"engines.{kind}.pyhton=x")
+    assert "must be a list" in refuse(f"engines.kind={kind}", f"engines.{kind}.urls=http://127.0.0.1:9")
+
+
+def test_an_environment_that_was_never_made_is_named(
+    refuse: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    text = refuse("engines.kind=vllm")
+    assert f"{tmp_path / '.venv-vllm' / 'bin' / 'python'} does not exist; run `make engines`" in text
+
+
+def test_external_servers_that_are_not_there_are_named(
+    refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PATIENCE", ServerTimes(startup_timeout_s=0.5, request_timeout_s=5.0))
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        text = refuse("engines.kind=sglang", f"engines.sglang.urls=[{url}]")
+    assert f"sglang at {url} was not ready" in text
+    assert "check engines.sglang.urls" in text
 
 
 def test_a_missing_config_file_is_named_with_those_there_are() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -148,7 +149,8 @@ class TerminalProcess:
     def close(self) -> None:
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             self.process.kill()
         self.process.wait(30)
         self._reader.join(10)
@@ -202,3 +204,30 @@ def test_kill_9_of_the_command_ends_its_actors(tiny_model: Path, tmp_path: Path)
         terminal.close()
         for process in psutil.wait_procs(started, 0)[1]:
             process.kill()
+
+
+@pytest.mark.slow
+def test_groups_without_signal_are_replaced_and_the_books_balance(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = MillraceProcess("train", *settings(tiny_model, run, "queue.require_signal=true"), directory=run)
+    assert process.wait(180) == 0, process.output[-2000:]
+    summary = summary_of(run)
+    assert_balanced(summary)
+    ledger = summary["ledger"]
+    assert ledger["trained"] == 4 * 4
+    assert ledger["dropped"].get("no_signal", 0) > 0
+    assert all(line["groups/no_signal"] == 0 for line in training_lines(run))
+
+
+@pytest.mark.slow
+def test_a_run_in_which_no_group_has_signal_ends_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = [
+        "tasks.environment=faulty_parts:ConstantEnvironment",
+        "queue.require_signal=true",
+        "queue.max_without_signal=24",
+    ]
+    process = MillraceProcess("train", *settings(tiny_model, run, *more), directory=run)
+    assert process.wait(180) == 1
+    assert "24 groups in a row had no signal" in last_line(process)
+    assert_balanced(summary_of(run))

@@ -80,6 +80,8 @@ def test_unknown_mode_suggests_the_nearest() -> None:
         (["queue.min_size=9"], ["queue.min_size", "rollout.group_size"]),
         (["engines.max_len=64"], ["rollout.max_episode_tokens", "engines.max_len"]),
         (["staleness.on_violation=wait", "staleness.target_lag=5"], ["staleness.target_lag", "staleness.max_lag"]),
+        (["weights.every=6"], ["weights.every=6", "staleness.max_lag=4", "5 or more"]),
+        (["weights.every=2", "mode=sync"], ["mode=sync is on-policy", "weights.every=2"]),
         (["run.steps=0"], ["run.steps", "at least 1"]),
         (["run.dir=''"], ["run.dir"]),
         (["run.stall_timeout_s=0"], ["run.stall_timeout_s"]),

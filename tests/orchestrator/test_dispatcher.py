@@ -29,6 +29,17 @@ def test_pacing_decides_when_and_load_decides_where() -> None:
     assert dispatcher.paced
 
 
+def test_versions_that_are_not_published_pace_too_and_engines_are_not_taken_for_newer_than_they_are() -> None:
+    """``weights.every`` > 1: without this the learner would wait for groups that wait for a version."""
+    dispatcher = make_dispatcher(target_lag=0.0)
+    dispatcher.worker_joined("a")
+    assert len(dispatcher.due()) == 4
+    dispatcher.trained(1)
+    assert [(header.index, header.version_floor) for _, header in dispatcher.due()] == [(4, 0), (5, 0), (6, 0), (7, 0)]
+    dispatcher.version_served(2)
+    assert {header.version_floor for _, header in dispatcher.due()} == {2}
+
+
 def test_a_returned_group_gives_its_slot_back() -> None:
     dispatcher = make_dispatcher(target_lag=0.0)
     dispatcher.worker_joined("a")

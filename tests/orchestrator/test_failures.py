@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from orchestrator.failures import FailureMonitor, RestartBudget
+from orchestrator.failures import FailureMonitor, RestartBudget, SignalMonitor
 
 
 def test_single_failures_never_end_a_run() -> None:
@@ -38,3 +38,18 @@ def test_restarts_are_bounded_within_a_window_of_time() -> None:
     assert [budget.allow("engine", at) for at in (0.0, 1.0, 2.0)] == [True, True, False]
     assert budget.allow("worker", 2.0)
     assert budget.allow("engine", 11.5)
+
+
+def test_a_run_in_which_nothing_has_signal_ends_and_one_with_a_little_does_not() -> None:
+    monitor = SignalMonitor(limit=3)
+    for _ in range(20):
+        monitor.dropped()
+        monitor.dropped()
+        assert monitor.verdict() is None
+        monitor.ready()
+    for _ in range(3):
+        monitor.dropped()
+    verdict = monitor.verdict()
+    assert verdict is not None
+    assert verdict.startswith("3 groups in a row had no signal")
+    assert "queue.require_signal=false" in verdict

@@ -155,7 +155,7 @@ def test_engines_come_and_go_by_command_and_one_is_killed(tiny_model: Path, tmp_
 
 def test_synthetic_engines_are_killed_and_stopped(tmp_path: Path) -> None:
     directory, turns = tmp_path / "run", tmp_path / "turns"
-    probes = ["fleet.probe_every_s=0.5", "fleet.probe_timeout_s=1.5", "fleet.probe_misses=2"]
+    probes = ["fleet.probe_every_s=0.5", "fleet.probe_timeout_s=3", "fleet.probe_misses=2"]
     process = start(directory, *recorded(turns), "staleness.max_lag=8", *probes)
     run = FleetRun(process, turns)
     try:

@@ -202,10 +202,10 @@ class Served:
         return encode(EngineHealth(version=self.version))
 
 
-async def condemned_by_the_prober(engine: Served, held: int) -> tuple[str, str]:
+async def condemned_by_the_prober(engine: Served, held: int, timeout_s: float = 5.0) -> tuple[str, str]:
     """Who is condemned, and why, when this is the only engine; asked every few milliseconds."""
     verdict: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-    config = FleetConfig(probe_every_s=0.005, probe_timeout_s=0.02, probe_misses=2)
+    config = FleetConfig(probe_every_s=0.005, probe_timeout_s=timeout_s, probe_misses=2)
     prober = Prober(ProbePolicy(config), lambda name: held, lambda name, why: verdict.set_result((name, why)))
     task = asyncio.create_task(prober.run())
     prober.watch("engine-0.0", LocalActor(engine))
@@ -219,7 +219,7 @@ async def condemned_by_the_prober(engine: Served, held: int) -> tuple[str, str]:
 async def test_the_prober_condemns_who_does_not_answer() -> None:
     engine = Served()
     engine.silent = True
-    assert await condemned_by_the_prober(engine, 0) == ("engine-0.0", "no answer within 0.02 s")
+    assert await condemned_by_the_prober(engine, 0, timeout_s=0.02) == ("engine-0.0", "no answer within 0.02 s")
 
 
 async def test_the_prober_condemns_who_cannot_say_how_it_is() -> None:

@@ -106,3 +106,23 @@ def test_two_engines_by_broadcast_and_one_of_them_killed(tiny_model: Path, tmp_p
     assert summary["ledger"]["trained"] == 30 * 4
     assert summary["lag_max"] <= summary["max_lag"]
     assert_balanced(summary)
+
+
+@pytest.mark.slow
+def test_changes_by_stagers_every_second_step_with_an_engine_and_a_stager_killed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = ["engines.replicas=2", "weights.transport=relay", "weights.delta=true", "weights.every=2"]
+    process = MillraceProcess("train", *settings(tiny_model, run, "run.steps=31", *more), directory=run)
+    process.wait_for_step(4, 240)
+    process.kill("engine")
+    process.wait_for_step(10, 240)
+    process.kill("stager")
+    assert process.wait(240) == 0, process.output[-3000:]
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert summary["ledger"]["trained"] == 31 * 4
+    assert summary["lag_max"] <= summary["max_lag"]
+    assert "is replaced" in process.output
+    assert_balanced(summary)

@@ -142,7 +142,8 @@ class Engine:
     async def stage(self, seed: int, transport: str = "shared_memory") -> None:
         """The first half: the weights are beside the served ones."""
         if transport not in self._senders:
-            self._senders[transport] = make_sender(WeightsConfig(), transport)
+            kind, _, delta = transport.partition(", ")
+            self._senders[transport] = make_sender(WeightsConfig(delta=bool(delta)), kind)
         sender, version = self._senders[transport], self.version + 1
         offer = await asyncio.to_thread(sender.prepare, version, named_weights(seed), [NAME])
         async with asyncio.timeout(PATIENCE_S):

@@ -78,7 +78,7 @@ class SteppedEngine:
     """An engine with its station, stepped by the test only."""
 
     def __init__(self, handoff: HandoffConfig | None = None, **settings: Any) -> None:
-        handoff = handoff or HandoffConfig(timeout_s=5.0)
+        handoff = handoff or HandoffConfig(timeout_s=20.0)
         self.engine = make_engine(**({"prefill_tokens": 16, "prefill": 1, "decode": 1, "handoff": handoff} | settings))
         self.chunks: list[TokenChunk] = []
         self.wakes = 0

@@ -70,11 +70,15 @@ async def answer(
             return await reply(writer, 200, b"<html>no</html>")
     if path == "/generate":
         return await generate(writer, state, body, cut=misdeed is not None)
-    return await reply(writer, 200, json.dumps(control(path, state, body, version, max_len)).encode())
+    answered = control(path, state, body, version, max_len)
+    return await reply(writer, 404 if answered is None else 200, json.dumps(answered).encode())
 
 
 def control(path: str, state: State, body: dict[str, Any], version: str, max_len: int) -> Any:
+    """What is answered; None: there is no such path."""
     match path:
+        case "/ready":
+            pass
         case "/identity":
             return {"version": version, "max_len": max_len}
         case "/misbehave":
@@ -103,6 +107,8 @@ def control(path: str, state: State, body: dict[str, Any], version: str, max_len
             return state.seen
         case "/metrics":
             return {"running": len(state.running)}
+        case _:
+            return None
     return {"ok": True}
 
 

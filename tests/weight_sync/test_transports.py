@@ -37,10 +37,11 @@ def expect(result: Any, version: int, scale: int = 1) -> None:
         np.testing.assert_array_equal(arrived[name], tensor.float().numpy())
 
 
-@pytest.fixture(params=["shared_memory", "collective", "disk"])
+@pytest.fixture(params=["shared_memory", "collective", "collective, delta", "relay", "disk"])
 def sender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    config = WeightsConfig(bucket_mb=BUCKET_BYTES / 2**20, timeout_s=30.0)
-    made = make_sender(config, request.param, directory=tmp_path, disk_directory=tmp_path / "weights")
+    kind, _, delta = request.param.partition(", ")
+    config = WeightsConfig(bucket_mb=BUCKET_BYTES / 2**20, timeout_s=30.0, delta=bool(delta))
+    made = make_sender(config, kind, directory=tmp_path, disk_directory=tmp_path / "weights")
     yield made
     made.close()
 
@@ -135,6 +136,29 @@ def test_a_receiver_killed_mid_broadcast_is_an_error_in_time_and_the_rest_goes_o
     survivor.begin(offer)
     sender.send()
     expect(survivor.result(), 1, scale=100)
+    sender.close()
+
+
+def test_a_member_known_to_be_gone_ends_the_wait_for_it_at_once(start_engines: Any) -> None:
+    """Killed before it joins: the others are neither held up nor restarted."""
+    survivor, victim = start_engines("survivor", "victim")
+    sender = CollectiveSender(bucket_bytes=64 << 10, timeout_s=60.0)
+    offer = sender.prepare(1, make_weights(1), ["survivor", "victim"])
+    victim.stop()
+    survivor.begin(offer)
+    began = time.monotonic()
+    threading.Timer(0.2, sender.cancel).start()  # as the fleet does when it hears that the process has ended
+    with pytest.raises(
+        WeightTransferError, match="broadcast of version 1 to survivor, victim failed: a member is gone"
+    ):
+        sender.send()
+    version, error = survivor.result()
+    assert version is None
+    assert "did not begin: a member did not come" in error
+    survivor.begin(sender.offer(["survivor"]))
+    sender.send()
+    expect(survivor.result(), 1)
+    assert time.monotonic() - began < 30
     sender.close()
 
 

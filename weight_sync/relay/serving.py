@@ -40,7 +40,9 @@ class VersionServer:
 
         self._lookup, self._stage = lookup, stage
         self._server = Server((host, 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="weights-relay", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="weights-relay", daemon=True
+        )
         self._thread.start()
 
     @property

@@ -186,6 +186,7 @@ class CollectiveSender:
             self._epoch += 1
             self._members = tuple(members)
         self._serial += 1
+        self._cancelled.clear()
         self._offer = CollectiveOffer(
             manifest=self._manifest,
             host=self._host,
@@ -205,7 +206,6 @@ class CollectiveSender:
         what = f"broadcast of version {offer.manifest.version} to {', '.join(offer.ranks) or 'nobody'}"
         with self._in_use, _one_at_a_time(_sending, what, offer.timeout_s):
             self._offer = None
-            self._cancelled.clear()
             if not offer.ranks:
                 return
             try:

@@ -14,6 +14,7 @@ from weight_sync.transports.collective import CollectiveReceiver, CollectiveSend
 from weight_sync.transports.delta import DeltaSender, HeldVersion
 from weight_sync.transports.disk import DiskReceiver, DiskSender
 from weight_sync.transports.protocol import (
+    CollectiveOffer,
     DeltaOffer,
     DiskOffer,
     Offer,
@@ -23,6 +24,7 @@ from weight_sync.transports.protocol import (
     SharedMemoryOffer,
     WeightReceiver,
     WeightSender,
+    carriers,
     decode_offer,
 )
 from weight_sync.transports.relay import RelayReceiver, RelaySender
@@ -91,7 +93,7 @@ class AnyReceiver:
 
     def __init__(self, member: str, *, device: str | torch.device = "cpu", fp8: bool = False) -> None:
         self._member, self._device, self._fp8 = member, device, fp8
-        self._receivers: dict[type, WeightReceiver] = {}
+        self._receivers: dict[type | tuple[str, int], WeightReceiver] = {}
         self._held: dict[str, HeldVersion] = {}
 
     def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
@@ -100,11 +102,11 @@ class AnyReceiver:
         if isinstance(decoded, ShardedOffer):
             parts = [decode_offer(part) for part in decoded.parts]
             check_parts(decoded, parts)
-            self._forget_all_but(parts)
+            self._forget_all_but(parts, offer)
             for encoded, part in zip(decoded.parts, parts, strict=True):
                 self._fetch(encoded, part, take)
         else:
-            self._forget_all_but([decoded])
+            self._forget_all_but([decoded], offer)
             self._fetch(offer, decoded, take)
         return decoded.manifest.version
 
@@ -115,18 +117,24 @@ class AnyReceiver:
             for spec, data in held.tensors():
                 on_tensor(spec.name, typed(torch.from_numpy(data), spec))
             return decoded.manifest.version
-        kind = type(decoded)
-        if kind not in self._receivers:
-            self._receivers[kind] = self._make(kind)
-        return self._receivers[kind].fetch(offer, on_tensor)
+        # Each sender of a broadcast has a group of its own, which outlives the version.
+        key = (decoded.host, decoded.port) if isinstance(decoded, CollectiveOffer) else type(decoded)
+        if key not in self._receivers:
+            self._receivers[key] = self._make(type(decoded))
+        return self._receivers[key].fetch(offer, on_tensor)
 
     def _carried(self, offer: bytes, on_tensor: OnTensor) -> int:
         return self._fetch(offer, decode_offer(offer), on_tensor)
 
-    def _forget_all_but(self, parts: Sequence[Offer]) -> None:
-        """Let go of the copies that belong to senders which are gone."""
+    def _forget_all_but(self, parts: Sequence[Offer], offer: bytes) -> None:
+        """Let go of the copies and the process groups of senders that others have taken the place of."""
         chains = {part.chain for part in parts if isinstance(part, DeltaOffer)}
-        self._held = {chain: held for chain, held in self._held.items() if chain in chains}
+        if chains:
+            self._held = {chain: held for chain, held in self._held.items() if chain in chains}
+        places = {(each.host, each.port) for each in carriers(offer) if isinstance(each, CollectiveOffer)}
+        if places:
+            for key in [key for key in self._receivers if isinstance(key, tuple) and key not in places]:
+                self._receivers.pop(key).close()
 
     def _make(self, kind: type) -> WeightReceiver:
         if kind is SharedMemoryOffer:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout_workers.engines.servers.adapter import Launch, ServerAdapter
+from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerAnswerError
 from rollout_workers.engines.servers.environment import judge_identity
 from rollout_workers.engines.servers.errors import (
     ServerNotStarted,
+    ServerRefused,
     ServerSilent,
     ServerUnreachable,
 )
@@ -24,6 +25,7 @@ PORTS = 3
 """How many ports are tried when others take them first."""
 PROBE_EVERY_S = 0.25
 PROBE_S = 5.0
+NOT_FOUND = 404
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,17 @@ async def start_server(
 
 
 async def join_server(adapter: ServerAdapter, url: str, max_len: int, times: ServerTimes) -> Server:
-    """A server that runs already. Raises EnvironmentUnfit if it is another version, ServerNotStarted if it is not there."""
+    """A server that runs already.
+
+    Raises EnvironmentUnfit if it is another version, ServerNotStarted if it is not there, or is something else.
+    """
     server = Server(ServerConnection(url, times.request_timeout_s), None)
     try:
         await _until_ready(adapter, server, times.startup_timeout_s)
-        await _identify(adapter, server.connection, max_len)
+        try:
+            await _identify(adapter, server.connection, max_len)
+        except (ServerRefused, ServerAnswerError) as error:
+            raise ServerNotStarted(_something_else(adapter, url, str(error))) from None
     except BaseException:
         await server.close()
         raise
@@ -112,7 +120,7 @@ async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float,
     process = server.process
     ended = asyncio.create_task(process.ended.wait() if process is not None else asyncio.Event().wait())
     last = ["no answer yet"]
-    probing = asyncio.create_task(_probe_until_ready(adapter, server.connection, last))
+    probing = asyncio.create_task(_probe_until_ready(adapter, server, last))
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.wait({ended, probing}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,26 +129,38 @@ async def _until_ready(adapter: ServerAdapter, server: Server, timeout_s: float,
         probing.result()
     except TimeoutError:
         what = f"{adapter.name} at {server.connection.url} was not ready within {timeout_s:g} s ({last[0]})"
-        raise ServerNotStarted(what if process is None else _explained(what, process)) from None
+        if process is None:
+            raise ServerNotStarted(f"{what}; check engines.{adapter.name}.urls, and that it is started") from None
+        raise ServerNotStarted(_explained(what, process)) from None
     finally:
         ended.cancel()
         probing.cancel()
 
 
-async def _probe_until_ready(adapter: ServerAdapter, connection: ServerConnection, last: list[str]) -> None:
-    """Ask until it answers 200; ``last[0]`` says how the last probe went."""
+async def _probe_until_ready(adapter: ServerAdapter, server: Server, last: list[str]) -> None:
+    """Ask until it answers 200; ``last[0]`` says how the last probe went. An external server that is another is an error."""
     while True:
         try:
             async with asyncio.timeout(PROBE_S):
-                reply = await connection.send(adapter.ready())
+                reply = await server.connection.send(adapter.ready())
             if reply.status == 200:
                 return
+            if reply.status == NOT_FOUND and server.process is None:
+                told = f"GET {server.connection.url}{adapter.ready().path} answered {NOT_FOUND}"
+                raise ServerNotStarted(_something_else(adapter, server.connection.url, told))
             last[0] = f"it answered {reply.status}"
         except TimeoutError:
             last[0] = f"no answer within {PROBE_S:g} s"
         except (ServerUnreachable, ServerSilent) as error:
             last[0] = str(error)
         await asyncio.sleep(PROBE_EVERY_S)  # a server does not say when it begins to answer
+
+
+def _something_else(adapter: ServerAdapter, url: str, told: str) -> str:
+    return (
+        f"what answers at {url} is no {adapter.name} server that Millrace can drive ({told}): check "
+        f"engines.{adapter.name}.urls, and that the server runs with Millrace's extension"
+    )
 
 
 async def _identify(adapter: ServerAdapter, connection: ServerConnection, max_len: int) -> None:

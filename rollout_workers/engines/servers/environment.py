@@ -63,7 +63,7 @@ async def check_environment(python: Path, adapter: ServerAdapter) -> str:
     try:
         found: Mapping[str, str] = json.loads(run.stdout)
     except ValueError:
-        told = " ".join(run.stderr.split())[-300:]
+        told = (run.stderr.strip().splitlines() or ["it wrote nothing that can be read"])[-1][-300:]
         raise EnvironmentUnfit(f"{python} is not a Python that can run {adapter.name}: {told}") from None
     return judge_version(adapter, found, str(python))
 

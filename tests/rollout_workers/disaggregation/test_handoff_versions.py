@@ -25,7 +25,7 @@ SESSION = ASKED.session_id
 
 @pytest.fixture(params=["auto", "ring"])
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[SteppedEngine, SteppedEngine]]:
-    config = HandoffConfig(transport=request.param, timeout_s=5.0)
+    config = HandoffConfig(transport=request.param, timeout_s=20.0)
     prefill, decode = SteppedEngine(config), SteppedEngine(config)
     yield prefill, decode
     prefill.station.close()
@@ -291,7 +291,7 @@ async def test_strangers_are_turned_away(data: bytes) -> None:
     answers: list[bytes] = []
 
     def knock() -> None:
-        with socket.create_connection((address.host, address.port), timeout=5) as stranger:
+        with socket.create_connection((address.host, address.port), timeout=20) as stranger:
             stranger.sendall(data)
             try:
                 stranger.shutdown(socket.SHUT_WR)
@@ -302,7 +302,7 @@ async def test_strangers_are_turned_away(data: bytes) -> None:
     thread = threading.Thread(target=knock)
     thread.start()
     await until(lambda: bool(answers), "the stranger is turned away")
-    thread.join(5)
+    thread.join(20)
     assert answers == [b""]
     assert decode.station.open == 0
     decode.station.close()

@@ -250,7 +250,7 @@ async def test_who_listens_takes_a_connection_for_lost_only_when_the_other_side_
     listener = KvListener("127.0.0.1", "layout", place, _ignore, lambda link, error: lost.append(error))
 
     def call_and_talk_nonsense() -> socket.socket:
-        caller = socket.create_connection((listener.address.host, listener.address.port), timeout=5)
+        caller = socket.create_connection((listener.address.host, listener.address.port), timeout=20)
         caller.sendall(frame(Hello(listener.address.secret, "layout", 1 << 16)))
         welcome = receive(caller)
         assert isinstance(welcome, Welcome)

@@ -187,7 +187,7 @@ async def test_the_actor_answers_in_modelled_time_and_sleeps_in_between(tmp_path
         chunks += decode(await actor.collect("c"), list[TokenChunk])
     took = asyncio.get_running_loop().time() - began_at
     assert [chunk.request_id for chunk in chunks] == ["a", "b"]
-    assert 0.3 <= took < 5.0
+    assert 0.3 <= took < 30.0
     assert steps < 20
     health = decode(await actor.health(), EngineHealth)
     assert health.generated_tokens == 110

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher
+from weight_sync.config import WeightsConfig
+from weight_sync.engine_plugin.shadow import Phase, Shadow, any_fetcher, fetcher_for
 from weight_sync.engine_plugin.vllm_extension import MillraceWorker, Named, WorkerWeights, sampled_tokens
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
 from weight_sync.transports.collective import CollectiveSender
+from weight_sync.transports.select import make_sender
 from weight_sync.transports.shared_memory import SharedMemorySender
+from weight_sync.wire_dtypes import on_the_wire
 
 WAIT_S = 30.0
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -178,3 +181,34 @@ def test_staging_does_not_hold_up_its_caller(sender: SharedMemorySender) -> None
     assert worker.state()["phase"] == "fetching"
     gate.set()
     assert shadow.wait(WAIT_S).phase is Phase.READY
+
+
+@pytest.mark.parametrize("settings", [{"delta": True}, {"dtype": "fp8_block"}, {"delta": True, "dtype": "fp8_block"}])
+def test_changes_and_blocks_of_eight_bits_reach_a_model_of_plain_tensors(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = WeightsConfig(**settings)
+    shapes = {"a_proj.weight": (200, 130), "norm.weight": (130,)}
+    made = make_sender(config, "shared_memory", directory=tmp_path)
+    model: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    shadow = Shadow(fetcher_for(shapes))
+    worker = WorkerWeights(
+        shadow=shadow,
+        expected=shapes,
+        head_is_tied=False,
+        first=True,
+        load=lambda named: model.update(named),
+        share=no_share,
+    )
+    for version in (1, 2, 3):
+        for tensor in expected.values():
+            tensor[version:] += 0.5
+        made.prepare(version, on_the_wire(expected.items(), config.dtype), [])
+        worker.stage(made.offer(["e0"]), "e0")
+        assert shadow.wait(WAIT_S).error == ""
+        worker.commit(version)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(model[name].float(), tensor, rtol=1 / 16, atol=1e-6, msg=name)
+    shadow.close()
+    made.close()

@@ -226,6 +226,17 @@ async def test_an_update_with_kept_kv_stamps_what_was_drawn_from_the_mixed_cache
         np.testing.assert_allclose(result.logprobs, expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("transport", ["shared_memory, delta", "relay, delta"])
+async def test_changes_bring_an_engine_to_the_same_weights_as_whole_versions(engine: Engine, transport: str) -> None:
+    """The first version whole, then one that changes nothing, then one that changes everything."""
+    given, first = prompt(60, seed=130), engine.seed + 1
+    for seed in (first, first, first + 1):
+        await engine.publish(seed, "recompute", transport)
+        result = await engine.one(given, 8, temperature=0.0)
+        assert result.tokens.tolist() == greedy(seed, given, 8)
+        assert set(result.versions.tolist()) == {engine.version}
+
+
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
 async def test_new_requests_find_nothing_that_older_weights_computed(engine: Engine, kv: str) -> None:
     given = prompt(160, seed=100)

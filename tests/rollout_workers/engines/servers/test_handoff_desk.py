@@ -21,7 +21,7 @@ async def desk() -> AsyncIterator[HandoffDesk]:
 
 
 async def test_a_note_waits_for_its_request_and_is_given_once(desk: HandoffDesk) -> None:
-    await asyncio.gather(*(leave_note(desk.address, f"w/{number}", HANDOFF, 5.0) for number in range(20)))
+    await asyncio.gather(*(leave_note(desk.address, f"w/{number}", HANDOFF, 20.0) for number in range(20)))
     assert desk.take("w/7") == HANDOFF
     assert desk.take("w/7") is None
     assert desk.take("w/8") == HANDOFF
@@ -30,7 +30,7 @@ async def test_a_note_waits_for_its_request_and_is_given_once(desk: HandoffDesk)
 async def test_notes_that_nobody_asks_for_are_forgotten(desk: HandoffDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk_module, "MAX_NOTES", 3)
     for number in range(5):
-        await leave_note(desk.address, f"w/{number}", HANDOFF, 5.0)
+        await leave_note(desk.address, f"w/{number}", HANDOFF, 20.0)
     assert [desk.take(f"w/{number}") is not None for number in range(5)] == [False, False, True, True, True]
 
 
@@ -40,18 +40,18 @@ async def test_garbage_is_not_taken_and_does_no_harm(desk: HandoffDesk, garbage:
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(garbage)
     writer.write_eof()
-    assert await asyncio.wait_for(reader.read(), 5.0) == b""
+    assert await asyncio.wait_for(reader.read(), 20.0) == b""
     writer.close()
-    await leave_note(desk.address, "w/1", HANDOFF, 5.0)
+    await leave_note(desk.address, "w/1", HANDOFF, 20.0)
     assert desk.take("w/1") == HANDOFF
 
 
 async def test_a_desk_that_is_gone_is_unreachable(desk: HandoffDesk) -> None:
     desk.close()
     with pytest.raises(ServerUnreachable, match="took no hand-off"):
-        await leave_note(desk.address, "w/1", HANDOFF, 5.0)
+        await leave_note(desk.address, "w/1", HANDOFF, 20.0)
     with pytest.raises(ServerUnreachable):
-        await leave_note("nowhere", "w/1", HANDOFF, 5.0)
+        await leave_note("nowhere", "w/1", HANDOFF, 20.0)
 
 
 async def test_a_desk_that_never_answers_is_given_up() -> None:

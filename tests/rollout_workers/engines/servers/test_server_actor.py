@@ -90,14 +90,14 @@ async def test_it_serves_what_it_was_started_with(engine: ServerEngineActor, tmp
 async def test_a_new_version_reaches_requests_in_flight(engine: ServerEngineActor) -> None:
     sender = SharedMemorySender()
     offer = sender.prepare(4, [("w", torch.zeros(3))], ["engine-0.0"])
-    await submit(engine, request(max_tokens=400))
-    await asyncio.sleep(0.1)
+    await submit(engine, request(max_tokens=1000))
+    await until(lambda: engine._traffic.first_token_at is not None, "the first token")
     assert await engine.stage(offer) == 4
     sender.send()
     assert await engine.commit(4, "keep") == 4
     got = await result(engine)
     sender.close()
-    assert got.tokens.tolist() == list(range(103, 503))
+    assert got.tokens.tolist() == list(range(103, 1103))
     assert got.versions.tolist() == sorted(got.versions.tolist())
     assert set(got.versions.tolist()) == {3, 4}
     health = decode(await engine.health(), EngineHealth)
@@ -145,7 +145,7 @@ async def test_a_killed_server_is_noticed_and_its_requests_continue_elsewhere(
     killed_at = time.monotonic()
     with pytest.raises(ServerDied, match="tiny died: killed by signal SIGKILL"):
         await engine.alive()
-    assert time.monotonic() - killed_at < 2
+    assert time.monotonic() - killed_at < 10
     for done in await asyncio.gather(*asked):
         assert done.tokens.tolist() == list(range(103, 503))
     assert client.continued == 3

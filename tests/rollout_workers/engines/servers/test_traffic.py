@@ -22,7 +22,7 @@ from rollout_workers.engines.servers.errors import ServerDied
 from rollout_workers.engines.servers.traffic import Traffic
 from rollout_workers.submission import SubmitBatch
 
-SILENCE_S = 0.6
+SILENCE_S = 1.5
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    times = ServerTimes(startup_timeout_s=20.0, request_timeout_s=5.0)
+    times = ServerTimes(startup_timeout_s=60.0, request_timeout_s=20.0)
 
     def launch_at(port: int) -> Launch:
         return Launch(model_path="m", host="127.0.0.1", port=port, member="engine-0.0")
