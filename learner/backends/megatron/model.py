@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def build_stage(model: Architecture, ranks: Ranks, config: Any) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+    _without_random_numbers()
     if model.experts:
         make_experts_ready()
     layer = get_gpt_layer_local_spec(
@@ -102,6 +104,13 @@ def build_stage(model: Architecture, ranks: Ranks, config: Any) -> Any:
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="none",
     )
+
+
+def _without_random_numbers() -> None:
+    """No dropout, and weights come from files: the generators that Megatron-Core switches between need not exist."""
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    CudaRNGStatesTracker.fork = lambda self, *_, **__: nullcontext()
 
 
 def recompute_layers(stage: Any) -> None:
