@@ -119,6 +119,7 @@ class SyntheticLearner:
         return {
             "loss": 0.0,
             **group_metrics(groups, left_out=frozenset(), passes=0),
+            "step/skipped": 0.0,
             "steps/skipped": 0.0,
             "updates": float(self.version),
             "tokens/passed": float(self._tokens),
