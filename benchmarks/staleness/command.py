@@ -126,7 +126,7 @@ def rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def table(found: Sequence[Cell]) -> Table:
     """One line for each correction and lag."""
     made = Table("correction", "lag", "seeds", "final", "± s.e.", "area", "below lag 0", "max mismatch", box=None)
-    for cell in sorted(found, key=lambda cell: (cell.correction, cell.lag)):
+    for cell in found:
         gap = "" if cell.gap is None else f"{cell.gap:+.3f}"
         made.add_row(
             cell.correction,

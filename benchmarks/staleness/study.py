@@ -135,13 +135,13 @@ def run_one(trial: Trial, model: Path, config_name: str) -> dict[str, Any]:
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
-    """Means over the seeds, by correction and lag."""
+    """Means over the seeds, by correction and lag, whatever the order in which the runs ended."""
     fresh: dict[int, list[float]] = {}
     for row in rows:
         if row["lag"] == 0:
             fresh.setdefault(row["seed"], []).append(row["final"])
     found = []
-    for correction, lag in dict.fromkeys((row["correction"], row["lag"]) for row in rows):
+    for correction, lag in sorted({(row["correction"], row["lag"]) for row in rows}):
         chosen = [row for row in rows if (row["correction"], row["lag"]) == (correction, lag)]
         finals = [row["final"] for row in chosen]
         gaps = [mean(fresh[row["seed"]]) - row["final"] for row in chosen if row["seed"] in fresh]

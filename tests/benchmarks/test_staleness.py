@@ -52,7 +52,8 @@ def row(correction: str, lag: int, seed: int, final: float) -> dict[str, object]
 
 
 def test_the_gap_is_taken_seed_by_seed() -> None:
-    rows = [row("tis", 0, 0, 0.8), row("tis", 0, 1, 0.9), row("tis", 8, 0, 0.7), row("tis", 8, 1, 0.86)]
+    rows = [row("tis", 8, 1, 0.86), row("tis", 0, 0, 0.8), row("tis", 0, 1, 0.9), row("tis", 8, 0, 0.7)]
+    assert [(cell.correction, cell.lag) for cell in cells(rows)] == [("tis", 0), ("tis", 8)]
     found = {(cell.correction, cell.lag): cell for cell in cells(rows)}
     late = found["tis", 8]
     assert late.final == pytest.approx(0.78)
@@ -112,10 +113,32 @@ def test_finished_runs_are_not_overwritten(tmp_path: Path) -> None:
     assert "holds finished runs: add --resume" in result.output
 
 
+def small_config(directory: Path) -> str:
+    """The quickstart with an untrained model and few episodes."""
+    file = directory / "small.yaml"
+    quickstart = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+    lines = [f"defaults: [{quickstart}]", "model: {recipe: shop_untrained}"]
+    lines.append("rollout: {groups_per_update: 2, group_size: 2, max_turns: 3}")
+    lines.append("learner: {advantage: reinforce_pp}")
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
 @pytest.mark.slow
 def test_the_command_runs_prints_and_resumes(tmp_path: Path) -> None:
     arguments = ["--seeds", "1", "--lags", "0,1", "--corrections", "tis", "--steps", "3", "--eval-every", "3"]
-    arguments += ["--held-out", "20", "--processes", "2", "--dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    arguments += [
+        "--held-out",
+        "20",
+        "--processes",
+        "1",
+        "--config",
+        small_config(tmp_path),
+        "--dir",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     first = CliRunner().invoke(staleness, [*arguments, "--figure", str(tmp_path / "figure.svg")])
     assert first.exit_code == 0, first.output
     document = json.loads((tmp_path / "out.json").read_text())

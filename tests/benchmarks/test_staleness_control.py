@@ -83,10 +83,30 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     assert "'magic' is unknown: use mask_tokens" in result.output
 
 
+def small_config(directory: Path) -> str:
+    """The quickstart with an untrained model and few episodes."""
+    file = directory / "small.yaml"
+    quickstart = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+    lines = [f"defaults: [{quickstart}]", "model: {recipe: shop_untrained}"]
+    lines.append("rollout: {groups_per_update: 2, group_size: 2, max_turns: 3}")
+    lines.append("learner: {advantage: reinforce_pp}")
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
 @pytest.mark.slow
 def test_the_command_runs_and_resumes(tmp_path: Path) -> None:
     arguments = ["--variants", "wait,adaptive", "--seeds", "1", "--steps", "2", "--eval-every", "2", "--held-out", "8"]
-    arguments += ["--dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    arguments += [
+        "--config",
+        small_config(tmp_path),
+        "--processes",
+        "1",
+        "--dir",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     first = CliRunner().invoke(staleness_control, arguments)
     assert first.exit_code == 0, first.output
     assert {row["variant"] for row in json.loads((tmp_path / "out.json").read_text())["results"]} == {
