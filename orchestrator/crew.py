@@ -40,6 +40,7 @@ from orchestrator.supervisor import Actor, Role, Supervisor, first_line
 from orchestrator.workforce import Workforce
 from rollout_workers.disaggregation.roles import Flip
 from rollout_workers.engines.protocol import EngineHealth, EngineRole
+from rollout_workers.engines.servers.errors import ServerDied
 from weight_sync.membership import MemberState
 from weight_sync.relay.relayed import Relayed
 
@@ -323,7 +324,7 @@ class EngineCrew:
             if isinstance(result, BaseException):
                 logger.error("version %d: transfer: %s", version, first_line(result))
         for (name, _), result in zip(members, results[1:], strict=True):
-            if isinstance(result, ray.exceptions.RayActorError):
+            if isinstance(result, (ray.exceptions.RayActorError, ServerDied)):
                 self._take_out(name, f"it was gone when version {version} came")
         return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
 
@@ -334,13 +335,13 @@ class EngineCrew:
         if self._relay is not None:
             self._relayed.add(offer)
             offer = await self._relay.route(offer, members)
-        stages = [asyncio.ensure_future(self._stage(handle, offer)) for _, handle in members]
+        stages = [asyncio.ensure_future(self._stage(name, handle, offer)) for name, handle in members]
         return await asyncio.gather(_resolve(learner.send.remote()), *stages, return_exceptions=True)
 
-    async def _stage(self, handle: Any, offer: bytes) -> Any:
-        """An engine that fails holds up a broadcast for nobody."""
+    async def _stage(self, name: str, handle: Any, offer: bytes) -> Any:
+        """An engine that fails, or is lost, holds up a broadcast for nobody."""
         try:
-            return await handle.stage.remote(offer)
+            return await self.fleet.while_there(name, handle.stage.remote(offer))
         except Exception:
             await self._cancel_send()
             raise
@@ -360,7 +361,8 @@ class EngineCrew:
         try:
             for offer in offers:
                 routed = await self._relay.route(offer, members)
-                await asyncio.gather(*(_resolve(handle.stage.remote(routed)) for _, handle in members))
+                stages = (self.fleet.while_there(name, handle.stage.remote(routed)) for name, handle in members)
+                await asyncio.gather(*stages)
         except TimeoutError:
             raise
         except Exception as error:  # noqa: BLE001 - the learner has it, too
