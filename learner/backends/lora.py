@@ -31,7 +31,10 @@ class LoraAdapter:
     """
 
     def __init__(self, model: Any, config: LoraConfig, base: Path) -> None:
-        import peft
+        try:
+            import peft
+        except ImportError as error:
+            raise ModelError(f"learner.lora needs peft ({error}): pip install 'millrace[lora]'") from error
 
         self._model, self._scale = model, config.scale
         self._settings = peft.LoraConfig(
