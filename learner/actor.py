@@ -88,6 +88,8 @@ class LearnerActor:
         self._groups = 0
         self._seconds = {"waiting": 0.0, "training": 0.0, "publishing": 0.0, "saving": 0.0}
         self._ended = asyncio.Event()
+        self._moved_bytes = 0
+        """What an engine gets of the last version offered."""
 
     async def load(self, checkpoint: str | None) -> int:
         """Build model and optimizer from the model directory, or from a checkpoint. Returns the version."""
@@ -155,6 +157,10 @@ class LearnerActor:
         if self._sender is None or self._prepared != version:
             raise RuntimeError(f"version {version} is not the one prepared")
         offer: bytes = await asyncio.to_thread(self._sender.offer, members)
+        if members:
+            from weight_sync.transports.protocol import carriers
+
+            self._moved_bytes = sum(carrier.manifest.total_bytes for carrier in carriers(offer))
         return offer
 
     async def send(self) -> None:
@@ -316,7 +322,12 @@ class LearnerActor:
 
     def _shares(self) -> dict[str, float]:
         total = sum(self._seconds.values()) or 1.0
-        return {f"learner/{phase}_share": seconds / total for phase, seconds in self._seconds.items()}
+        shares = {f"learner/{phase}_share": seconds / total for phase, seconds in self._seconds.items()}
+        if self._moved_bytes:
+            shares["weights/moved_mb"] = self._moved_bytes / 2**20
+        if self._moved_bytes and self._settings.learner.lora.rank:
+            shares["weights/moved_share"] = self._moved_bytes / self._learner.model_bytes
+        return shares
 
     async def _compute(self, function: Any, *args: Any) -> Any:
         """Run on the one thread that owns the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from learner.backends.megatron.settings import MegatronConfig
+from learner.lora_config import LoraConfig
 from learner.mixing_config import CriticConfig, ReplayConfig, SftConfig
 from learner.objectives.config import ObjectiveConfig, require_choice
 from learner.objectives.names import WHOLE_STEP
@@ -67,6 +68,8 @@ class LearnerConfig(ObjectiveConfig):
     """A rank of the learner that does not answer for so long is given up, and with it the run."""
     max_bad_steps: int = 5
     """That many non-finite steps in a row end the run."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the weights (``backend: fsdp``)."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """How ``backend: megatron`` divides the ranks."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -83,6 +86,9 @@ class LearnerConfig(ObjectiveConfig):
         self.critic.validate()
         self.sft.validate()
         self.replay.validate()
+        self.lora.validate()
+        if self.lora.rank and self.backend != "fsdp":
+            raise ValueError(f"learner.lora.rank={self.lora.rank} works with learner.backend=fsdp, not {self.backend}")
         self._validate_parts()
         if self.backend == "synthetic":
             self.synthetic.validate()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from experience.records import Group
 from experience.wire import decode_group
+from learner.adapter_files import base_of
 from learner.backends.frozen import FrozenModel
 from learner.backends.make import make_backend
 from learner.backends.ranks import LearnerRanks, OneRank
@@ -121,6 +122,12 @@ class Learner:
         """Where the tensors of `named_tensors` lie."""
         return self._loaded().device
 
+    @property
+    def model_bytes(self) -> int:
+        """Size of all weights in ``model.dtype``."""
+        width: int = getattr(torch, self._model_config.dtype).itemsize
+        return int(self._loaded().describe()["parameters"]) * width
+
     def load(self, path: str | Path) -> None:
         """Starts at version 0 from a Hugging Face directory. Raises ModelError."""
         if self._group is not None:
@@ -128,10 +135,11 @@ class Learner:
             self._ranks = self._group
         else:
             self._ranks = OneRank(make_backend(path, self._config, self._model_config.dtype, self._initial))
+        model = base_of(path, self._initial)
         self._source = Path(path)
-        self._limits = ModelLimits.of(Path(path))
-        self._helpers = self._make_helpers(Path(path))
-        self._sources = self._make_sources(Path(path))
+        self._limits = ModelLimits.of(model)
+        self._helpers = self._make_helpers(model)
+        self._sources = self._make_sources(model)
         self.version = 0
 
     def restore(self, path: str | Path) -> CheckpointState:

@@ -259,6 +259,10 @@ def _validate_together(config: Config) -> None:
         raise ValueError(
             "queue.require_signal=true can have no meaning with modelled episodes, which have no real rewards"
         )
+    if config.learner.lora.rank and config.weights.dtype == "fp8_block":
+        raise ValueError(
+            "weights.dtype=fp8_block is for whole matrices, and learner.lora sends none: leave it at auto, or set bfloat16"
+        )
     if "synthetic" in (config.engines.kind, config.learner.backend):
         _validate_synthetic(config)
     if config.run.deterministic:

@@ -159,8 +159,7 @@ class EngineCrew:
 
     async def _ready(self, index: int, attempt: int, handle: Any) -> None:
         name, plan = engine_name(index, attempt), self._plan
-        path = plan.checkpoint or plan.model_path
-        await handle.load.remote(path, self._config.model.dtype, plan.resources.engine_threads, plan.version)
+        await handle.load.remote(plan.served, self._config.model.dtype, plan.resources.engine_threads, plan.version)
         await self.fleet.join(name, handle, plan.version)
         await self._workforce.tell("add_engine", name, handle, self._since[name])
         self._prober.watch(name, handle)

@@ -16,7 +16,9 @@ from orchestrator.view import LiveView
 
 def evaluate_checkpoint(config: Config, directory: RunDirectory, step: int | None, console: Console) -> dict[str, Any]:
     """The evaluation's result (see `orchestrator.evaluation.Evaluation.result`). Raises LaunchError, CheckpointError."""
+    from learner.adapter_files import base_of
     from learner.checkpoint import all_checkpoints, checkpoint_path, latest, read_checkpoint
+    from learner.errors import ModelError
 
     found = latest(directory.checkpoints) if step is None else checkpoint_path(directory.checkpoints, step)
     if found is None or not found.is_dir():
@@ -30,6 +32,10 @@ def evaluate_checkpoint(config: Config, directory: RunDirectory, step: int | Non
     own.run.checkpoint_every = 0
     own.queue.journal = False
     run = RunDirectory.create(own.run.dir, to_yaml(own), overwrite=True)
-    start = launch.Start(found, found, version, version * own.rollout.groups_per_update)
+    try:
+        model = base_of(found)
+    except ModelError as error:
+        raise launch.LaunchError(str(error)) from error
+    start = launch.Start(model, found, version, version * own.rollout.groups_per_update)
     launch.run(own, run, start, time.time(), LiveView(console))
     return run.read_json(run.evaluation_file(version))

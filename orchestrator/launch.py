@@ -223,6 +223,7 @@ def _start_controller(
         run_directory=str(directory.path),
         model_path=str(start.model_path),
         checkpoint=None if start.checkpoint is None else str(start.checkpoint),
+        served=str(_served(config, directory, start)),
         version=start.version,
         resources=share_resources(config, os.cpu_count() or 1, gpus),
         run_attempt=run_attempt,
@@ -232,6 +233,20 @@ def _start_controller(
     )
     controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=1000).remote(plan)
     return controller, controller.run.remote(controller)
+
+
+def _served(config: Config, directory: RunDirectory, start: Start) -> Path:
+    """What engines begin with: a model directory, a checkpoint, or (of an adapter) the model that it makes."""
+    from learner.adapter_files import adapter_settings
+
+    if start.checkpoint is None:
+        return start.model_path
+    if adapter_settings(start.checkpoint) is None:
+        return start.checkpoint
+    from learner.export import export_served
+
+    export_served(start.checkpoint, start.model_path, directory.served, config.model.dtype)
+    return directory.served
 
 
 def _follow(controller: Any, result: Any, every_s: float, view: LiveView) -> dict[str, Any]:

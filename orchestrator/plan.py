@@ -70,6 +70,8 @@ class Plan:
     kv_bytes: int | None
     """KV cache of all engines; None while the model is not there to look at."""
     weight_bytes: int | None
+    adapter_rank: int
+    """Of the adapter that is published instead; 0: none."""
     """One published version; None as above."""
     warnings: list[str] = field(default_factory=list)
     forecast: Forecast | None = None
@@ -112,6 +114,7 @@ def make_plan(config: Config, run: Path | None = None) -> Plan:
         kv_slots=slots,
         kv_bytes=kv,
         weight_bytes=shape.weight_bytes if shape else None,
+        adapter_rank=config.learner.lora.rank,
         warnings=[
             *_flow_warnings(config, allowed),
             *_size_warnings(config, group_bytes),
@@ -265,8 +268,14 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("queue", size(plan.queue_bytes), f"at most, of {size(plan.queue_budget_bytes)} (queue.budget_mb)"),
         ("host memory", size(plan.host_bytes), "of trajectories in workers and queue, at most"),
         ("KV cache", _bytes(plan.kv_bytes), f"{count(plan.kv_slots)} sequences" if plan.kv_bytes else unknown),
-        ("weights a version", _bytes(plan.weight_bytes), "published every update" if plan.weight_bytes else unknown),
+        ("weights a version", _bytes(plan.weight_bytes), _published(plan) if plan.weight_bytes else unknown),
     ]
+
+
+def _published(plan: Plan) -> str:
+    if plan.adapter_rank:
+        return f"held by engines; an adapter of rank {plan.adapter_rank} is published every update"
+    return "published every update"
 
 
 def _bytes(number: int | None) -> str:

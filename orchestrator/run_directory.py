@@ -121,6 +121,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def served(self) -> Path:
+        """What engines begin with when a run goes on from the checkpoint of an adapter."""
+        return self.path / "served"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

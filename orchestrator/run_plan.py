@@ -27,8 +27,10 @@ class RunPlan:
     model_path: str
     checkpoint: str | None
     """Checkpoint to continue from; None: from the beginning."""
+    served: str
+    """Directory of the weights that engines begin with."""
     version: int
-    """Version of the weights in ``model_path`` or ``checkpoint``."""
+    """Version of the weights in ``served``."""
     resources: Resources
     run_attempt: int
     started_at: float

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from learner.adapter_files import ADAPTER_WEIGHTS, adapter_settings, base_of
 from learner.backends.batch_loss import batch_loss
 from learner.backends.frozen import FrozenModel
+from learner.backends.lora import LoraAdapter
 from learner.backends.memory import keep_freed_memory
 from learner.backends.model import load_model, resolve_device
 from learner.backends.protocol import PassResult
@@ -32,6 +34,9 @@ from learner.objectives.token_statistics import token_logprobs
 from learner.prefix_tree import Sharing
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_DIRECTORY = "adapter"
+"""Where the adapter lies in a directory that holds the model with it merged in."""
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """Tensors that an optimizer keeps for each parameter."""
@@ -57,18 +62,23 @@ class FsdpBackend:
         self.updates = 0
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._model = load_model(path, self.device, gradient_checkpointing=config.gradient_checkpointing)
+        base = base_of(path, initial)
+        self._model = load_model(base, self.device, gradient_checkpointing=config.gradient_checkpointing)
         self.sharing = _sharing_for(self._model.config, config)
+        self._adapter = _adapter_of(self._model, path, base, config)
         self._world = world
         if world > 1:
             shard(self._model, self.device, self._dtype, offload=config.cpu_offload)
-        self._parameters: dict[str, torch.nn.Parameter] = dict(self._model.named_parameters())
+        self._parameters: dict[str, torch.nn.Parameter] = (
+            dict(self._model.named_parameters()) if self._adapter is None else self._adapter.trained()
+        )
+        """What is trained."""
         self._optimizer = make_optimizer(list(self._parameters.values()), config)
         self._moments = MOMENTS[config.optimizer]
         vocabulary = self._model.config.vocab_size
         self._reference: FrozenModel | None = None
         if config.kl_coef > 0 and config.kl_place == "loss":
-            place = config.reference or initial or path
+            place = config.reference or initial or base
             self._reference = FrozenModel("learner.reference", place, self.device, vocabulary)
         self._teacher: FrozenModel | None = None
         if config.teacher is not None:
@@ -78,7 +88,8 @@ class FsdpBackend:
     def describe(self) -> dict[str, Any]:
         return {
             "architecture": type(self._model).__name__.removeprefix("FSDP"),
-            "parameters": sum(p.numel() for p in self._parameters.values()),
+            "parameters": sum(p.numel() for p in self._model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self._parameters.values()),
             "device": str(self.device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "data_parallel": self._world,
@@ -113,8 +124,14 @@ class FsdpBackend:
         return logits
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        with torch.no_grad():
-            return self.logprobs(batch)[0]
+        if self._adapter is not None:
+            self._adapter.dropping(False)
+        try:
+            with torch.no_grad():
+                return self.logprobs(batch)[0]
+        finally:
+            if self._adapter is not None:
+                self._adapter.dropping(True)
 
     def idle_pass(self) -> None:
         (self._logits(idle_batch(self.device)).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
@@ -179,7 +196,7 @@ class FsdpBackend:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
         every = self._config.reference_reset_every
         if self._reference is not None and every and self.updates % every == 0:
-            self._reference.take((name, whole(parameter.detach())) for name, parameter in self._parameters.items())
+            self._reference.take(self._whole_model())
             logger.info("the reference policy is that of update %d", self.updates)
 
     def reference_state(self) -> dict[str, torch.Tensor]:
@@ -200,6 +217,9 @@ class FsdpBackend:
         self._optimizer.zero_grad(set_to_none=True)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._adapter is not None:
+            yield from self._adapter.published(self._dtype)
+            return
         for name, parameter in self._parameters.items():
             yield name, whole(parameter.detach().to(self._dtype))
 
@@ -207,18 +227,47 @@ class FsdpBackend:
         for name, parameter in self._parameters.items():
             yield name, parameter.detach()
 
+    def _whole_model(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights, whole, by Hugging Face name, an adapter merged in. All ranks go through it together."""
+        if self._adapter is not None:
+            return self._adapter.merged()
+        return ((name, whole(parameter.detach())) for name, parameter in self._parameters.items())
+
     def save_config(self, directory: Path) -> None:
+        self._save_model_config(directory)
+        if self._adapter is not None:
+            self._adapter.save_config(directory)
+
+    def _save_model_config(self, directory: Path) -> None:
         self._model.config.save_pretrained(directory)
         if self._model.can_generate():
             self._model.generation_config.save_pretrained(directory)
 
     def save_model(self, directory: Path) -> None:
-        if self._world == 1:
+        if self._world == 1 and self._adapter is None:
             self._model.save_pretrained(directory, safe_serialization=True)
             return
-        weights = {name: whole(p.detach()).cpu() for name, p in self._parameters.items()}
-        if torch.distributed.get_rank() == 0:
-            self._model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self._whole_model()}
+        first = self._world == 1 or torch.distributed.get_rank() == 0
+        if self._adapter is None:
+            if first:
+                self._model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
+            return
+        trained = {name: whole(p.detach()).cpu().contiguous() for name, p in self._parameters.items()}
+        if first:
+            self._save_merged(weights, trained, directory)
+
+    def _save_merged(self, weights: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], directory: Path) -> None:
+        """The model with the adapter merged in, which transformers would not write of a model that has one, and the adapter."""
+        from huggingface_hub import save_torch_state_dict
+        from safetensors.torch import save_file
+
+        assert self._adapter is not None
+        save_torch_state_dict(weights, directory)
+        self._save_model_config(directory)
+        (directory / ADAPTER_DIRECTORY).mkdir(exist_ok=True)
+        save_file(trained, directory / ADAPTER_DIRECTORY / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        self._adapter.save_config(directory / ADAPTER_DIRECTORY)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
@@ -254,6 +303,19 @@ class FsdpBackend:
         return torch.autocast(self.device.type, dtype=self._dtype)
 
 
+def _adapter_of(model: Any, path: str | Path, base: Path, config: LearnerConfig) -> LoraAdapter | None:
+    """The adapter that the settings ask for, as new or as ``path`` has it. Raises ModelError, CheckpointError."""
+    held = adapter_settings(path)
+    if not config.lora.rank:
+        if held is not None:
+            raise ModelError(f"{path} holds a LoRA adapter, and learner.lora.rank=0: set it to {held['r']}")
+        return None
+    adapter = LoraAdapter(model, config.lora, base)
+    if held is not None:
+        adapter.load(Path(path))
+    return adapter
+
+
 def _norm(gradients: list[torch.Tensor]) -> float:
     return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
@@ -267,15 +329,19 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LearnerConfig) 
 
 
 def _sharing_for(model_config: Any, config: LearnerConfig) -> Sharing | None:
-    """None for a model whose attention drops at random: sequences that share a prefix would drop the same.
+    """None where attention or an adapter drops at random: sequences that share a prefix would drop the same.
 
     Raises ModelError if sharing was asked for then.
     """
-    if not any(getattr(model_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+    drops = any(getattr(model_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+    if not drops and not config.lora.dropout:
         return config.sharing
     if config.prefix_sharing == "on":
+        where, remedy = (
+            ("model", "attention_dropout to 0 in its config.json") if drops else ("adapter", "learner.lora.dropout=0")
+        )
         raise ModelError(
-            "learner.prefix_sharing=on: this model has attention dropout, which would drop the same for all that share a prefix; "
-            "use auto or off, or set attention_dropout to 0 in its config.json"
+            f"learner.prefix_sharing=on: this {where} has dropout, which would drop the same for all that share a prefix; "
+            f"use auto or off, or set {remedy}"
         )
     return None

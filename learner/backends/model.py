@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from learner.adapter_files import adapter_settings
 from learner.attention import RAGGED_ATTENTION, register_ragged_attention
 from learner.errors import ModelError
 from learner.fused import fuse_norms
@@ -32,6 +33,8 @@ def load_model(path: str | Path, device: torch.device, *, gradient_checkpointing
         raise ModelError(f"model.path={path}: no such directory; give a Hugging Face model directory")
     if not (directory / "config.json").is_file():
         raise ModelError(f"model.path={path} holds no config.json; give a Hugging Face model directory")
+    if adapter_settings(directory) is not None:
+        raise ModelError(f"model.path={path} holds a LoRA adapter: merge it into its model with `millrace export`")
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils.logging import disable_progress_bar

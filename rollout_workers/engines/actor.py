@@ -53,6 +53,7 @@ class EngineActor:
         self._station: Any = None
         """The hand-offs of KV, where prefill and decode are split."""
         self._engine: Any = None
+        self._model_path = Path()
         self._receiver: Any = None
         self._outbox: dict[str, list[TokenChunk]] = defaultdict(list)
         self._ready: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
@@ -71,7 +72,8 @@ class EngineActor:
 
     async def load(self, model_path: str, dtype: str, threads: int, version: int) -> int:
         """Load model and tokenizer; the weights on disk count as ``version``. Returns the bytes of the weights."""
-        self._engine = await asyncio.to_thread(self._build, Path(model_path), dtype, threads, version)
+        self._model_path = Path(model_path)
+        self._engine = await asyncio.to_thread(self._build, self._model_path, dtype, threads, version)
         self._failed = asyncio.get_running_loop().create_future()
         self._open_account()
         if self._config.split and self._config.kind == "torch":
@@ -180,9 +182,10 @@ class EngineActor:
     def _make_receiver(self) -> Any:
         if self._config.kind == "synthetic":
             return self._engine.make_receiver(self.name)
+        from weight_sync.base_weights import BaseWeights
         from weight_sync.transports.select import AnyReceiver
 
-        return AnyReceiver(self.name, device=self._engine.model.device)
+        return AnyReceiver(self.name, device=self._engine.model.device, base=BaseWeights(self._model_path))
 
     def _fetch(self, offer: bytes) -> int:
         from weight_sync.transports.protocol import decode_offer

@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from learner_fixtures import make_groups, make_learner, train_step, with_prompts
 from rank_fixtures import learner_on, make_group, settings_of
+from safetensors.torch import load_file
 
 from experience.records import Group
 from learner.backends.rank_group import RankGroup
 from learner.errors import LearnerError, ModelError
 from learner.learner import Learner
+from learner.lora_config import LoraConfig
 
 SAME = ("loss", "grad_norm", "entropy", "tokens/trained", "ratio/mean")
 
@@ -232,3 +234,24 @@ def test_ranks_on_gpus_train_as_one_on_a_cpu(cluster: None, model_directory: Pat
     settings: dict[str, Any] = {"lr": 1e-3, "device": "cuda", "cpu_offload": cpu_offload}
     ranked = learner_on(make_group(2, **settings), model_directory, **settings)
     assert_same_steps(make_learner(model_directory, lr=1e-3), ranked, 3, rel=1e-3)
+
+
+def test_adapters_on_two_ranks_train_as_on_one(pair: RankGroup, model_directory: Path, tmp_path: Path) -> None:
+    """Losses, gradient norms and weights; a checkpoint moves from two ranks to one, and what is published is the same."""
+    settings: dict[str, Any] = {"lr": 1e-2, "lora": LoraConfig(rank=3)}
+    alone, ranked = make_learner(model_directory, **settings), learner_on(pair, model_directory, **settings)
+    begun = {name: tensor.clone() for name, tensor in alone.named_tensors()}
+    assert_same_steps(alone, ranked, 6)
+    assert all("lora_" in name and not torch.equal(tensor, begun[name]) for name, tensor in alone.named_tensors())
+    assert_same_weights(alone, ranked, rtol=1e-3, atol=2e-4)
+    path = ranked.save(tmp_path)
+    ranked.export(tmp_path / "merged")
+    later = make_learner(model_directory, **settings)
+    later.restore(path)
+    assert_same_weights(later, ranked, rtol=0, atol=0)
+    later.export(tmp_path / "of one")
+    merged, of_one = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "of one"))
+    assert merged.keys() == of_one.keys()
+    assert all(torch.allclose(merged[name], of_one[name], atol=1e-6) for name in merged)
+    expected, found = (train_step(learner, make_groups(4, seed=9, version=6)) for learner in (ranked, later))
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)

@@ -181,7 +181,7 @@ def test_a_model_with_attention_dropout_shares_nothing(model_directory: Path, tm
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
     assert FsdpBackend(tmp_path, LearnerConfig(device="cpu")).sharing is None
-    with pytest.raises(ModelError, match=r"learner\.prefix_sharing=on: this model has attention dropout"):
+    with pytest.raises(ModelError, match=r"learner\.prefix_sharing=on: this model has dropout"):
         FsdpBackend(tmp_path, LearnerConfig(device="cpu", prefix_sharing="on"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from weight_sync.adapters import adapter_names
 
 VOCABULARY = 384
 MAX_LEN = 512
@@ -97,6 +100,32 @@ def logits_of(seed: int, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
     """float32 [T, V] of a plain forward pass."""
     with torch.no_grad():
         return make_model(seed)(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0].float()
+
+
+def make_adapter(seed: int, rank: int = 4) -> list[tuple[str, torch.Tensor]]:
+    """Pairs for the linear layers of version 0, as they travel."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for name, weight in named_weights(0):
+        if name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight")):
+            low, high = adapter_names(name)
+            pairs.append((low, torch.randn(rank, weight.shape[1], generator=generator) * 0.1))
+            pairs.append((high, torch.randn(weight.shape[0], rank, generator=generator) * 0.1))
+    return pairs
+
+
+def adapted_logits(adapter: list[tuple[str, torch.Tensor]], tokens: npt.NDArray[np.int32]) -> torch.Tensor:
+    """float32 [T, V] of version 0 with an adapter, whose part is computed beside the weights."""
+    given, model = dict(adapter), copy.deepcopy(make_model(0))
+    for name, _ in named_weights(0):
+        low, high = adapter_names(name)
+        if low in given:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.register_forward_hook(
+                lambda _module, inputs, output, a=given[low], b=given[high]: output + inputs[0] @ a.T @ b.T
+            )
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0].float()
 
 
 def mixed_logits(seeds: list[int], given: npt.NDArray[np.int32], sampled: npt.NDArray[np.int32]) -> torch.Tensor:

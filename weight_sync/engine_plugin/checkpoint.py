@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from weight_sync.base_weights import NOT_WEIGHTS, BaseWeights
 from weight_sync.errors import WeightTransferError
 from weight_sync.plan import Manifest
 
@@ -14,8 +15,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 MAX_HEADER_BYTES = 100 << 20
 HEAD = "lm_head.weight"
-NOT_WEIGHTS = ("rotary_emb.inv_freq",)
-"""Endings of names that older files hold and no model has as a parameter."""
 
 
 def checkpoint_shapes(directory: str | Path) -> Shapes | None:
@@ -47,8 +46,17 @@ def takes_fp8(expected: Mapping[str, tuple[int, ...]] | None) -> bool:
     return expected is not None and any(name.endswith(".weight_scale_inv") for name in expected)
 
 
-def arriving(manifest: Manifest, expected: Mapping[str, tuple[int, ...]] | None) -> Manifest:
-    """What a model with these tensors is handed of an offered version."""
+def arriving(
+    manifest: Manifest, expected: Mapping[str, tuple[int, ...]] | None, base: BaseWeights | None = None
+) -> Manifest:
+    """What a model with these tensors is handed of an offered version; ``base`` is what adapters are merged into.
+
+    Raises WeightTransferError for an adapter that does not fit.
+    """
+    from weight_sync.adapters import is_adapter, merged_manifest
+
+    if is_adapter(spec.name for spec in manifest.tensors):
+        return merged_manifest(manifest, base)
     if takes_fp8(expected):
         return manifest
     from weight_sync.wire_dtypes import plain_manifest

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from weight_sync.base_weights import BaseWeights
 from weight_sync.engine_plugin.checkpoint import Shapes, arriving, checkpoint_shapes, misfit, tied
 from weight_sync.engine_plugin.sglang_messages import (
     MODEL_PATH,
@@ -41,8 +42,15 @@ _PLUGIN = "_millrace_plugin"
 class SchedulerPlugin:
     """What is staged beside one model, and the answers about it."""
 
-    def __init__(self, model: Any, shadow: Shadow, expected: Shapes | None, head_is_tied: bool) -> None:
-        self._model, self._shadow = model, shadow
+    def __init__(
+        self,
+        model: Any,
+        shadow: Shadow,
+        expected: Shapes | None,
+        head_is_tied: bool,
+        base: BaseWeights | None = None,
+    ) -> None:
+        self._model, self._shadow, self._base = model, shadow, base
         self._expected, self._head_is_tied = expected, head_is_tied
 
     def answer(self, command: Command) -> PluginState:
@@ -70,7 +78,7 @@ class SchedulerPlugin:
         self._shadow.close()
 
     def _stage(self, command: Command) -> None:
-        manifest = arriving(decode_offer(command.offer).manifest, self._expected)
+        manifest = arriving(decode_offer(command.offer).manifest, self._expected, self._base)
         reason = misfit(manifest, self._expected, self._head_is_tied) if self._expected is not None else None
         if reason is not None:
             raise WeightTransferError(reason)
@@ -113,9 +121,9 @@ def attach(model: Any, model_path: str) -> None:
         return
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     expected = checkpoint_shapes(model_path) if model_path else None
-    plugin = SchedulerPlugin(
-        model, Shadow(fetcher_for(expected), device=device), expected, bool(model_path) and tied(model_path)
-    )
+    base = None if expected is None else BaseWeights(model_path)
+    shadow = Shadow(fetcher_for(expected, base), device=device)
+    plugin = SchedulerPlugin(model, shadow, expected, bool(model_path) and tied(model_path), base)
     # Past nn.Module's own bookkeeping: the plugin is no part of the model.
     object.__setattr__(model, _PLUGIN, plugin)
     original = getattr(model, "get_weights_by_name", None)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from weight_sync.base_weights import BaseWeights
 from weight_sync.engine_plugin.checkpoint import takes_fp8
 from weight_sync.errors import WeightTransferError
 from weight_sync.transports.protocol import CollectiveOffer, carriers, decode_offer
@@ -144,13 +145,15 @@ class Shadow:
         names.append(name)
 
 
-def any_fetcher(member: str, device: torch.device, fp8: bool = False) -> Fetcher:
-    """The receiver that understands every transport's offers; see `AnyReceiver` for ``fp8``."""
+def any_fetcher(member: str, device: torch.device, fp8: bool = False, base: BaseWeights | None = None) -> Fetcher:
+    """The receiver that understands every transport's offers; see `AnyReceiver` for ``fp8`` and ``base``."""
     from weight_sync.transports.select import AnyReceiver
 
-    return AnyReceiver(member, device=device, fp8=fp8)
+    return AnyReceiver(member, device=device, fp8=fp8, base=base)
 
 
-def fetcher_for(expected: Mapping[str, tuple[int, ...]] | None) -> Callable[[str, torch.device], Fetcher]:
-    """What fetches for a model with these tensors: in 8 bits if the model has them so."""
-    return partial(any_fetcher, fp8=takes_fp8(expected))
+def fetcher_for(
+    expected: Mapping[str, tuple[int, ...]] | None, base: BaseWeights | None = None
+) -> Callable[[str, torch.device], Fetcher]:
+    """What fetches for a model with these tensors: in 8 bits if the model has them so, adapters merged into ``base``."""
+    return partial(any_fetcher, fp8=takes_fp8(expected), base=base)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from weight_sync.base_weights import BaseWeights
 from weight_sync.engine_plugin.checkpoint import Shapes, arriving, checkpoint_shapes, misfit, tied
 from weight_sync.engine_plugin.shadow import Phase, Shadow, fetcher_for
 from weight_sync.engine_plugin.vllm_seeds import spare_generators
@@ -47,16 +48,17 @@ class WorkerWeights:
         first: bool,
         load: Callable[[Named], None],
         share: Callable[[Manifest, Named], Named],
+        base: BaseWeights | None = None,
     ) -> None:
         self._shadow, self._expected, self._tied = shadow, expected, head_is_tied
-        self._first, self._load, self._share = first, load, share
+        self._first, self._load, self._share, self._base = first, load, share, base
         self._broadcast: Manifest | None = None
         self._offered: int | None = None
         self._broken = ""
 
     def stage(self, offer: bytes, member: str) -> int:
         """Begin to fetch. Raises WeightTransferError, before a byte has moved, if the offer does not fit the model."""
-        manifest = arriving(decode_offer(offer).manifest, self._expected)
+        manifest = arriving(decode_offer(offer).manifest, self._expected, self._base)
         if self._expected is not None:
             reason = misfit(manifest, self._expected, self._tied)
             if reason is not None:
@@ -142,13 +144,15 @@ class MillraceWorker:
         if weights is None:
             directory = self.vllm_config.model_config.model
             expected = checkpoint_shapes(directory)
+            base = None if expected is None else BaseWeights(directory)
             weights = self._millrace_weights = WorkerWeights(
-                shadow=Shadow(fetcher_for(expected), device=self.device),
+                shadow=Shadow(fetcher_for(expected, base), device=self.device),
                 expected=expected,
                 head_is_tied=tied(directory),
                 first=self.rank == 0,
                 load=self._load_weights,
                 share=share_from_first,
+                base=base,
             )
         return weights
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from weight_sync.adapters import Merging, is_adapter
+from weight_sync.base_weights import BaseWeights
 from weight_sync.config import WeightsConfig
 from weight_sync.tensors import typed
 from weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
@@ -88,17 +90,34 @@ def _make_carrier(
 class AnyReceiver:
     """Fetches by whichever transport an offer belongs to. ``member``: this engine's name in collective offers.
 
-    Matrices in blocks of 8 bits are handed over as plain ones, unless ``fp8``: then with their ``_scale_inv``, as they came.
+    Matrices in blocks of 8 bits are handed over as plain ones, unless ``fp8``: then with their ``_scale_inv``, as they came. A
+    version that is an adapter is handed over as the whole model: merged into ``base``.
     """
 
-    def __init__(self, member: str, *, device: str | torch.device = "cpu", fp8: bool = False) -> None:
-        self._member, self._device, self._fp8 = member, device, fp8
+    def __init__(
+        self,
+        member: str,
+        *,
+        device: str | torch.device = "cpu",
+        fp8: bool = False,
+        base: BaseWeights | None = None,
+    ) -> None:
+        self._member, self._device, self._fp8, self._base = member, device, fp8, base
         self._receivers: dict[type | tuple[str, int], WeightReceiver] = {}
         self._held: dict[str, HeldVersion] = {}
 
     def fetch(self, offer: bytes, on_tensor: OnTensor) -> int:
         decoded = decode_offer(offer)
-        take = on_tensor if self._fp8 else dequantising(decoded.manifest, on_tensor)
+        if not is_adapter(spec.name for spec in decoded.manifest.tensors):
+            take = on_tensor if self._fp8 else dequantising(decoded.manifest, on_tensor)
+            self._fetch_all(offer, decoded, take)
+            return decoded.manifest.version
+        merging = Merging(decoded.manifest, self._base, on_tensor)
+        self._fetch_all(offer, decoded, merging.take)
+        merging.finish()
+        return decoded.manifest.version
+
+    def _fetch_all(self, offer: bytes, decoded: Offer, take: OnTensor) -> None:
         if isinstance(decoded, ShardedOffer):
             parts = [decode_offer(part) for part in decoded.parts]
             check_parts(decoded, parts)
@@ -108,7 +127,6 @@ class AnyReceiver:
         else:
             self._forget_all_but([decoded], offer)
             self._fetch(offer, decoded, take)
-        return decoded.manifest.version
 
     def _fetch(self, offer: bytes, decoded: Offer, on_tensor: OnTensor) -> int:
         if isinstance(decoded, DeltaOffer):

@@ -15,9 +15,11 @@ from contract_engine import NAME, PATIENCE_S, Engine
 from contract_model import (
     MAX_LEN,
     VOCABULARY,
+    adapted_logits,
     greedy,
     logits_of,
     logprobs_of,
+    make_adapter,
     make_tokenizer,
     mixed_logits,
     named_weights,
@@ -28,6 +30,7 @@ from server_helpers import until
 from rollout_workers.engine_client import EngineClient
 from rollout_workers.engines.protocol import EngineHealth, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.errors import EngineFault
+from weight_sync.transports.protocol import decode_offer
 from weight_sync.transports.shared_memory import SharedMemorySender
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
@@ -379,6 +382,27 @@ async def test_its_health_tells_what_it_does(engine: Engine) -> None:
     assert not after.paused
     assert await engine.actor.node()
     assert await engine.actor.first_token_at() is not None
+
+
+async def test_an_adapter_is_merged_into_the_weights_that_the_engine_was_started_with(engine: Engine) -> None:
+    """Version after version, whatever was served in between; the adapter alone is sent."""
+    before = engine.seed
+    sender = SharedMemorySender()
+    for seed in (1, 2):
+        adapter = make_adapter(seed)
+        offer = sender.prepare(engine.version + 1, adapter, [NAME])
+        assert len(decode_offer(offer).manifest.tensors) == len(adapter)
+        await engine.stage_and_commit(offer, engine.version + 1, "recompute")
+        engine.version += 1
+        given = prompt(20, seed=180 + seed)
+        result = await engine.one(given, 24, seed=seed)
+        tokens, first = np.concatenate([given, result.tokens]), len(given) - 1
+        expected = logprobs_of(adapted_logits(adapter, tokens)[first:-1], result.tokens)
+        np.testing.assert_allclose(result.logprobs, expected, atol=TOLERANCE)
+        assert np.abs(expected - logprobs_of(logits_of(0, tokens)[first:-1], result.tokens)).max() > 0.1
+        assert set(result.versions.tolist()) == {engine.version}
+    sender.close()
+    await engine.publish(before, "recompute")
 
 
 async def test_weights_of_another_model_are_refused_and_the_old_ones_served(engine: Engine) -> None:
