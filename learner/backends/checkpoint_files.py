@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from learner.adapter_files import ADAPTER_WEIGHTS
+from learner.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from learner.backends.protocol import TrainingBackend
 from learner.errors import CheckpointError
-from weight_sync.adapters import is_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ class CheckpointFiles:
             save(rest, storage_writer=place, process_group=self._group, no_dist=alone)
             if self._rank == 0:
                 backend.save_config(directory)
-                _tidy(directory, ADAPTER_WEIGHTS if is_adapter(weights) else WEIGHTS_FILE)
+                _tidy(directory)
         except (OSError, ValueError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
                 f"cannot write a checkpoint to {directory.parent}: {cause(error)}; free space there, then resume the run"
@@ -163,12 +162,13 @@ def files_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     return numbers
 
 
-def _tidy(directory: Path, name: str) -> None:
+def _tidy(directory: Path) -> None:
     """Remove the shards that the weights were put together from; a single file has the name that it has everywhere."""
     shutil.rmtree(directory / "sharded")
     files = sorted(directory.glob("model-*.safetensors"))
     if len(files) == 1:
-        files[0].rename(directory / name)
+        is_adapter = (directory / ADAPTER_CONFIG).is_file()
+        files[0].rename(directory / (ADAPTER_WEIGHTS if is_adapter else WEIGHTS_FILE))
         (directory / WEIGHTS_INDEX).unlink()
 
 

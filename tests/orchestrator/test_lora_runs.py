@@ -19,6 +19,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_serve_the_trained_adapter_also_after_a_resume(tiny_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
