@@ -12,15 +12,16 @@ import logging
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from learner.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from learner.backends.protocol import TrainingBackend
+from learner.backends.sharding import is_shard
 from learner.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -40,18 +41,23 @@ class CheckpointFiles:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
-        # One for each: what was staged before is overwritten, which saves allocating it anew.
-        options = StagingOptions(False, False, False, False)
-        self._weights_stager: Any = DefaultStager(options)
-        self._rest_stager: Any = DefaultStager(options)
         if group is None:  # which is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
+
+    @cached_property
+    def _stagers(self) -> tuple[Any, Any]:
+        """For weights and for the rest: what was staged before is overwritten, which saves allocating it anew.
+
+        Made for the first checkpoint: what it takes is a second of imports that no start should wait for.
+        """
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        options = StagingOptions(False, False, False, False)
+        return DefaultStager(options), DefaultStager(options)
 
     def begin_save(self, backend: TrainingBackend, directory: Path) -> None:
         """Copy what belongs into a checkpoint and begin to write it; returns when training may go on.
@@ -59,8 +65,9 @@ class CheckpointFiles:
         Raises CheckpointError if the one before could not be written; it is waited for.
         """
         self.finish_save()
-        weights: dict[str, torch.Tensor] = self._weights_stager.stage(dict(backend.master_weights()))
-        rest: dict[str, torch.Tensor] = self._rest_stager.stage(
+        for_weights, for_rest = self._stagers
+        weights: dict[str, torch.Tensor] = for_weights.stage(dict(backend.master_weights()))
+        rest: dict[str, torch.Tensor] = for_rest.stage(
             {
                 **backend.optimizer_state(),
                 **{f"{REFERENCE}/{name}": tensor for name, tensor in backend.reference_state().items()},
@@ -88,7 +95,7 @@ class CheckpointFiles:
         try:
             reader = FileSystemReader(directory / OPTIMIZER_DIRECTORY)
             described = reader.read_metadata().state_dict_metadata
-            shards = {name: tensor for name, tensor in backend.master_weights() if isinstance(tensor, DTensor)}
+            shards = {name: tensor for name, tensor in backend.master_weights() if is_shard(tensor)}
             state = {name: self._room(name, kind, shards) for name, kind in described.items() if self._is_mine(name)}
             if state:
                 load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
@@ -113,7 +120,7 @@ class CheckpointFiles:
         return not name.startswith(f"{RANDOM}/") or name == f"{RANDOM}/{self._rank}"
 
     @staticmethod
-    def _room(name: str, kind: Any, shards: dict[str, DTensor]) -> torch.Tensor:
+    def _room(name: str, kind: Any, shards: dict[str, torch.Tensor]) -> torch.Tensor:
         """An empty tensor for an entry: a shard where the backend has shards of the parameter that it belongs to."""
         moment, _, parameter = name.partition("/")
         like = shards.get(parameter) if moment != REFERENCE else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from learner.errors import ModelError
 
@@ -36,13 +35,20 @@ def shard(model: Any, device: torch.device, dtype: torch.dtype, *, offload: bool
             module.set_force_sum_reduction_for_comms(True)
 
 
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Whether this is a DTensor, without importing what makes them: a second of start-up that one rank has no use for."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together (all ranks must call this at once), another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def as_sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor laid out as ``like`` is."""
-    if not isinstance(like, DTensor):
+    if not is_shard(like):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
