@@ -99,7 +99,6 @@ def test_the_quickstart_needs_no_warning() -> None:
         (["queue.order=windowed", "queue.window=4"], "queue.window=4"),
         (["queue.budget_mb=0.01"], "queue.budget_mb"),
         (["learner.token_budget=100"], "learner.token_budget"),
-        (["rollout.group_size=1", "queue.min_size=1"], "rollout.group_size=1"),
         (["rollout.temperature=0"], "rollout.temperature=0"),
     ],
 )
