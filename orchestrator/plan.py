@@ -175,7 +175,7 @@ def _size_warnings(config: Config, group_bytes: int) -> list[str]:
             f"rollout.max_episode_tokens={rollout.max_episode_tokens} is over learner.token_budget="
             f"{config.learner.token_budget}: the longest trajectories make micro-batches of their own"
         )
-    elif rollout.temperature == 0:
+    if rollout.temperature == 0:
         warnings.append("rollout.temperature=0 makes all episodes of a group equal: advantages are zero")
     return warnings
 
