@@ -39,6 +39,7 @@ from orchestrator.supervisor import Actor, Role, Supervisor, first_line
 from orchestrator.workforce import Workforce
 from rollout_workers.disaggregation.roles import Flip
 from rollout_workers.engines.protocol import EngineHealth, EngineRole
+from rollout_workers.engines.servers.errors import ServerDied
 from weight_sync.membership import MemberState
 
 logger = logging.getLogger(__name__)
@@ -303,14 +304,17 @@ class EngineCrew:
         try:
             async with asyncio.timeout(limit):
                 offer = await learner.offer.remote(version, [name for name, _ in members])
-                calls = [learner.send.remote(), *(handle.stage.remote(offer) for _, handle in members)]
-                results = await asyncio.gather(*(_resolve(call) for call in calls), return_exceptions=True)
+                stages = [self.fleet.while_there(name, handle.stage.remote(offer)) for name, handle in members]
+                results = await asyncio.gather(_resolve(learner.send.remote()), *stages, return_exceptions=True)
         except TimeoutError:
             logger.error("version %d: no transfer to %s within %s s", version, [n for n, _ in members], limit)
             return []
         for result in results:
             if isinstance(result, BaseException):
                 logger.error("version %d: transfer: %s", version, first_line(result))
+        for (name, _), result in zip(members, results[1:], strict=True):
+            if isinstance(result, (ray.exceptions.RayActorError, ServerDied)):
+                self._take_out(name, f"it was gone when version {version} came")
         return [name for (name, _), result in zip(members, results[1:], strict=True) if result == version]
 
     def _learner(self) -> Any:

@@ -12,13 +12,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from weight_sync.config import WeightsConfig
 from weight_sync.membership import Membership, MemberState
 from weight_sync.publication import Action, Phase, Publication
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Transfer = Callable[[int, list[tuple[str, Any]]], Awaitable[list[str]]]
 """Move a version to these engines (name, handle); returns the names that hold it now."""
@@ -44,6 +45,10 @@ class FleetEvents:
     """An engine is in this state now, with this version: name, state, version, why."""
 
 
+class EngineGone(Exception):
+    """An engine was declared lost while something was asked of it."""
+
+
 class Fleet:
     """Engines by name. `publish` returns when every member serves the version (or is gone)."""
 
@@ -52,6 +57,8 @@ class Fleet:
         self._transfer = transfer
         self._events = events
         self._handles: dict[str, Any] = {}
+        self._gone: dict[str, asyncio.Event] = {}
+        """Of each engine that is there: set when it is lost."""
         self.membership = Membership(base_version)
         self._publication = Publication(current_version=base_version, rolling=config.rolling)
         self._moving = asyncio.Lock()
@@ -75,6 +82,7 @@ class Fleet:
     def starting(self, name: str) -> None:
         """The process of an engine is being started."""
         self.membership.join(name)
+        self._gone[name] = asyncio.Event()
         self._tell(name, "")
 
     async def join(self, name: str, handle: Any, version: int) -> None:
@@ -110,13 +118,31 @@ class Fleet:
         await self._tell_served()
 
     def lost(self, name: str, why: str) -> bool:
-        """An engine is gone. False if that was known, or it never was there."""
+        """An engine is gone: nothing waits for it any more. False if that was known, or it never was there."""
         self._handles.pop(name, None)
+        gone = self._gone.pop(name, None)
+        if gone is not None:
+            gone.set()
         if not self.membership.knows(name) or not self.membership.died(name):
             return False
         self._publication.died(name)
         self._tell(name, why)
         return True
+
+    async def while_there(self, name: str, answer: Awaitable[T]) -> T:
+        """What an engine answers. Raises EngineGone as soon as it is lost, whether or not its call ever ends."""
+        gone = self._gone.get(name)
+        if gone is None:
+            raise EngineGone(f"{name} is gone")
+        answering, lost = asyncio.ensure_future(_awaited(answer)), asyncio.ensure_future(gone.wait())
+        try:
+            await asyncio.wait({answering, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise EngineGone(f"{name} was lost meanwhile")
+            return answering.result()
+        finally:
+            answering.cancel()
+            lost.cancel()
 
     async def publish(self, version: int) -> None:
         """Bring ``version``, which the learner holds, to all engines in service."""
@@ -168,6 +194,9 @@ class Fleet:
                 await self._commit(name, handle, version)
                 if self.membership.get(name).state is not MemberState.DEAD:
                     self.membership.switched(name, version)
+        except EngineGone as error:
+            logger.info("version %d: %s", version, error)
+            return
         except Exception as error:  # noqa: BLE001 - an engine can die at any moment; it is replaced
             self._give_up(name, error)
             return
@@ -176,7 +205,7 @@ class Fleet:
 
     async def _commit(self, name: str, handle: Any, version: int) -> None:
         async with asyncio.timeout(self._config.timeout_s):
-            served = await handle.commit.remote(version, self._config.kv)
+            served = await self.while_there(name, handle.commit.remote(version, self._config.kv))
         if served != version:
             raise RuntimeError(f"engine {name} serves version {served} after committing {version}")
 
@@ -193,3 +222,7 @@ class Fleet:
         oldest = self.membership.oldest_served()
         if oldest is not None:
             await self._events.served(oldest)
+
+
+async def _awaited(answer: Awaitable[T]) -> T:
+    return await answer

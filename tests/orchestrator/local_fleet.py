@@ -24,16 +24,22 @@ from weight_sync.membership import MemberState
 from weight_sync.transports.shared_memory import SharedMemorySender
 
 MODEL = make_model()
+TIMEOUT_S = 20.0
+"""`weights.timeout_s` of these fleets."""
 LENGTH = 96
 """Tokens of a request in these tests; nothing else ends one."""
 
 
 class TinyEngine(EngineActor):
-    """The real actor of a tiny model made in memory. Can refuse weights, and tells when it commits."""
+    """The real actor of a tiny model made in memory. Can refuse weights or never answer, and tells when it commits."""
 
     def __init__(self, name: str, stream_every: int = 8) -> None:
         super().__init__(name, EnginesConfig(slots=48, max_len=128, threads=1, trace=False, stream_every=stream_every))
         self.refuses = False
+        self.silent_at = ""
+        """``stage`` or ``commit``: that call never returns."""
+        self.silent = asyncio.Event()
+        """Set once it has been called."""
         self.sampled = asyncio.Event()
         self.on_commit: Callable[[int], None] = lambda change: None
 
@@ -49,12 +55,19 @@ class TinyEngine(EngineActor):
             self.sampled.set()
         return chunks
 
+    async def _answers(self, call: str) -> None:
+        if self.silent_at == call:
+            self.silent.set()
+            await asyncio.Event().wait()
+
     async def stage(self, offer: bytes) -> int:
         if self.refuses:
             raise OSError("no space for another version")
+        await self._answers("stage")
         return await super().stage(offer)
 
     async def commit(self, version: int, kv: str) -> int:
+        await self._answers("commit")
         self.on_commit(+1)
         await asyncio.sleep(0)  # whoever commits at the same time begins now
         served = await super().commit(version, kv)
@@ -118,7 +131,8 @@ class LocalFleet:
     async def transfer(self, version: int, members: list[tuple[str, Any]]) -> list[str]:
         offer = self.sender.offer([name for name, _ in members])
         self.sender.send()
-        results = await asyncio.gather(*(h.stage.remote(offer) for _, h in members), return_exceptions=True)
+        stages = (self.fleet.while_there(name, handle.stage.remote(offer)) for name, handle in members)
+        results = await asyncio.gather(*stages, return_exceptions=True)
         return [name for (name, _), result in zip(members, results, strict=True) if result == version]
 
     async def prepare(self, version: int) -> None:
@@ -147,7 +161,7 @@ async def local_fleet(directory: Path, rolling: bool = True, kv: str = "auto") -
         broken=lambda name, reason: local.broken.append(name),
         changed=changed,
     )
-    config = WeightsConfig(rolling=rolling, kv=kv, timeout_s=20)
+    config = WeightsConfig(rolling=rolling, kv=kv, timeout_s=TIMEOUT_S)
     fleet = Fleet(config, 0, lambda version, members: local.transfer(version, members), events)
     local = LocalFleet(fleet, EngineClient("w"), SharedMemorySender(directory=directory, bucket_bytes=1 << 16))
     try:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from local_fleet import LENGTH, local_fleet, turn, whole
+from local_fleet import LENGTH, TIMEOUT_S, local_fleet, turn, whole
 
+from orchestrator.fleet import EngineGone
 from rollout_workers.engines.protocol import FinishReason
 from weight_sync.errors import TransitionError
 
@@ -116,6 +117,25 @@ async def test_an_engine_that_does_not_take_weights_is_given_up_and_the_others_g
         assert local.fleet.lost("nobody", "never there") is False
         with pytest.raises(TransitionError, match="engine b is dead"):
             local.fleet.drain("b", "too late")
+
+
+@pytest.mark.parametrize("silent_at", ["stage", "commit"])
+async def test_a_publication_waits_no_longer_for_an_engine_that_is_lost(tmp_path: Path, silent_at: str) -> None:
+    """The call of the lost engine never ends; after `weights.timeout_s` alone it would be given up, too."""
+    async with local_fleet(tmp_path) as local:
+        lost = await local.join("a")
+        await local.join("b")
+        lost.silent_at = silent_at
+        publishing = asyncio.create_task(local.fleet.publish(1))
+        async with asyncio.timeout(TIMEOUT_S / 4):
+            await lost.silent.wait()
+            local.fleet.lost("a", "its process died")
+            await publishing
+        assert local.fleet.held("b") == 1
+        assert local.broken == []
+        with pytest.raises(EngineGone, match="a is gone"):
+            await local.fleet.while_there("a", answer := asyncio.Event().wait())
+        answer.close()
 
 
 async def test_an_engine_lost_while_it_joins_does_not_serve(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class TinyAdapter:
     name = "tiny"
     expected_version = "1.0"
     distributions = ("msgspec",)
+    inner = r" tiny::core$"
 
     def __init__(self, program: list[str] | None = None, gap_s: float = 0.002) -> None:
         self.program = program or [sys.executable, str(PROGRAM), "{port}"]

@@ -1,6 +1,6 @@
 """A server of a few lines for the tests of the shell: it counts instead of sampling, and misbehaves when asked to.
 
-``python tiny_server.py PORT [--version 1.0] [--silent-start]``. The token at position p of a sequence that begins with
+``python tiny_server.py PORT [--version 1.0] [--core]``; with ``--core`` there is a process below it. The token at position p of a sequence that begins with
 token t is ``t + p``. Routes: /ready /identity /generate /abort /pause /resume /stage /commit /served /metrics, and
 /misbehave {"path", "how", "times"} with how = "500" | "400" | "garbage" | "cut" | "silence" | "close".
 """
@@ -11,9 +11,12 @@ import argparse
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 GAP_S = 0.002
+CORE = [sys.executable, "-c", "import time; time.sleep(3600)", "tiny::core"]
 
 
 class State:
@@ -153,6 +156,8 @@ if __name__ == "__main__":
     parser.add_argument("port", type=int)
     parser.add_argument("--version", default="1.0")
     parser.add_argument("--max-len", type=int, default=4096)
+    parser.add_argument("--core", action="store_true")
     chosen = parser.parse_args()
+    core = subprocess.Popen(CORE) if chosen.core else None
     print(f"tiny server {os.getpid()} on {chosen.port}", flush=True)
     asyncio.run(serve(chosen.port, chosen.version, chosen.max_len))

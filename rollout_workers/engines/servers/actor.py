@@ -3,8 +3,9 @@
 ===========  ================================  =====================================  ==============================
 task         consumes                          produces                               waits for
 ===========  ================================  =====================================  ==============================
-requests     see `traffic.Traffic`             chunks for the clients                 the server, bounded by ``_watch``
-``_watch``   the process's end, the probes     the failure that `alive` ends with     the process, ``PROBE_EVERY_S``
+requests     see `traffic.Traffic`             chunks for the clients                 the server, bounded by ``_probes``
+``_watch``   the end of a process of it        the failure that `alive` ends with     the processes
+``_probes``  answers to probes                 the same                               the server, ``PROBE_EVERY_S``
 ``stage``    a transport's offer               the server's shadow weights            the server, ``STAGE_S``
 ``commit``   a staged version                  the served version                     the server, its time-out
 ===========  ================================  =====================================  ==============================
@@ -31,7 +32,7 @@ from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.lane import engine_lane
 from rollout_workers.engines.protocol import EngineHealth, EngineRole, GenerateRequest, KvPolicy, PauseMode
 from rollout_workers.engines.requests import refusal
-from rollout_workers.engines.servers.adapter import Launch, ServerAdapter, ServerCounters
+from rollout_workers.engines.servers.adapter import Call, Launch, ServerAdapter, ServerCounters
 from rollout_workers.engines.servers.bring_up import Server, ServerTimes, join_server, start_server
 from rollout_workers.engines.servers.desk import HandoffDesk, SplitAdapter
 from rollout_workers.engines.servers.environment import ROOT, check_environment, interpreter_of
@@ -40,13 +41,15 @@ from rollout_workers.engines.servers.errors import (
     ServerDied,
     ServerFailed,
     ServerNotStarted,
+    ServerNotThere,
     ServerRefused,
     ServerSilent,
     ServerUnreachable,
 )
-from rollout_workers.engines.servers.flights import choose_kv
+from rollout_workers.engines.servers.flights import ATTEMPTS, choose_kv, delay_before
 from rollout_workers.engines.servers.http import ServerConnection
-from rollout_workers.engines.servers.process import free_port
+from rollout_workers.engines.servers.inner import end_of, inner_processes
+from rollout_workers.engines.servers.process import ServerProcess, free_port
 from rollout_workers.engines.servers.registry import make_adapter, server_settings
 from rollout_workers.engines.servers.traffic import Traffic
 from rollout_workers.submission import SubmitBatch
@@ -83,7 +86,7 @@ class ServerEngineActor:
         self._counters = ServerCounters()
         self._answered_at = 0.0
         self._stall_s = 0.0
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
         self._account: Account | None = None
         self._lane = engine_lane(self, name)
 
@@ -123,7 +126,9 @@ class ServerEngineActor:
         self._answered_at = time.monotonic()
         self._account = process_books().account()
         self._charge()
-        self._watcher = asyncio.create_task(self._watch(server, traffic))
+        self._watchers = [asyncio.create_task(self._probes(traffic))]
+        if server.process is not None:
+            self._watchers.append(asyncio.create_task(self._watch(server.process, traffic)))
         return weight_bytes(Path(model_path))
 
     async def _start(self, model_path: str, dtype: str, threads: int, version: int, times: ServerTimes) -> Server:
@@ -224,7 +229,7 @@ class ServerEngineActor:
         version = decode_offer(offer).manifest.version
         try:
             async with asyncio.timeout(STAGE_S):
-                await self._connection.control(self._adapter, self._adapter.stage(offer, self.name))
+                await self._control(self._adapter.stage(offer, self.name))
         except TimeoutError:
             raise ServerSilent(f"version {version} was not staged within {STAGE_S:.0f} s") from None
         return version
@@ -239,7 +244,7 @@ class ServerEngineActor:
                 self._account.switch(Cause.WEIGHT_STALL, clock())
             traffic.hold()
             try:
-                await self._swap(version, policy)
+                await traffic.unless_failed(self._swap(version, policy))
             finally:
                 traffic.let_go()
                 self._charge()
@@ -260,7 +265,7 @@ class ServerEngineActor:
             served = adapter.parse_served(await connection.ask(adapter.served()))
             self._traffic.switched(served, boundaries)
         finally:
-            if not self._paused:
+            if not self._paused and not self._traffic.failed.done():
                 await connection.control(adapter, adapter.resume())
 
     async def pin(self, version: int) -> None:
@@ -272,13 +277,17 @@ class ServerEngineActor:
     async def pause(self, keep: str) -> None:
         async with self._moving:
             self._paused = True
-            await self._connection.control(self._adapter, self._adapter.pause(PauseMode(keep)))
+            await self._control(self._adapter.pause(PauseMode(keep)))
 
     async def resume(self) -> None:
         async with self._moving:
-            await self._connection.control(self._adapter, self._adapter.resume())
+            await self._control(self._adapter.resume())
             self._paused = False
             self._traffic.let_go()
+
+    async def _control(self, calls: list[Call]) -> None:
+        """See `ServerConnection.control`. Raises also what the server dies of meanwhile."""
+        await self._traffic.unless_failed(self._connection.control(self._adapter, calls))
 
     # How it is
 
@@ -335,39 +344,48 @@ class ServerEngineActor:
         """End the server if it is ours, and let go of it if it is not."""
         self._lane.close()
         self._desk.close()
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         if self._loaded is not None:
             server, traffic = self._loaded
             traffic.close()
             await server.close()
 
-    async def _watch(self, server: Server, traffic: Traffic) -> None:
-        """Notice the end of the process at once, and a server that answers nothing within `request_timeout_s`."""
-        process = server.process
-        ended = asyncio.create_task(process.ended.wait() if process is not None else asyncio.Event().wait())
-        try:
-            while not traffic.failed.done():
-                done, _ = await asyncio.wait({ended}, timeout=PROBE_EVERY_S)
-                if done and process is not None:
-                    traffic.fail(ServerDied(f"{self._adapter.name} died: {process.cause()}"))
-                    return
-                await self._probe(traffic)
-                if traffic.is_open and not self._paused:
-                    traffic.end_silent(time.monotonic(), queueing=self._counters.waiting > 0)
-        finally:
-            ended.cancel()
+    async def _watch(self, process: ServerProcess, traffic: Traffic) -> None:
+        """Notice the end of the server's process, or of one without which it is of no use, at once."""
+        inner = await asyncio.to_thread(inner_processes, process.pid, self._adapter.inner)
+        if not inner:
+            logger.warning("no process %r below %s %d", self._adapter.inner, self._adapter.name, process.pid)
+        traffic.fail(ServerDied(f"{self._adapter.name} died: {await end_of(process, inner)}"))
 
-    async def _probe(self, traffic: Traffic) -> None:
+    async def _probes(self, traffic: Traffic) -> None:
+        """Notice a server at whose address nothing listens any more, and one that answers nothing within
+        `request_timeout_s`."""
+        refused = 0
+        while not traffic.failed.done():
+            await asyncio.sleep(delay_before(refused + 1) if refused else PROBE_EVERY_S)
+            refused = 0 if await self._probe(traffic) else refused + 1
+            if refused == ATTEMPTS:
+                traffic.fail(
+                    ServerDied(f"{self._adapter.name} died: nothing listens at {self._connection.url} any more")
+                )
+            if traffic.is_open and not self._paused:
+                traffic.end_silent(time.monotonic(), queueing=self._counters.waiting > 0)
+
+    async def _probe(self, traffic: Traffic) -> bool:
+        """Whether something listens."""
+        listens = True
         try:
             async with asyncio.timeout(PROBE_S):
                 reply = await self._connection.send(self._adapter.ready())
             if reply.status == 200:
                 self._answered_at = time.monotonic()
         except (TimeoutError, ServerUnreachable, ServerSilent) as error:
+            listens = not isinstance(error, ServerNotThere)
             logger.debug("the server did not answer a probe: %s", error)
         if self._silent_s > self._settings.request_timeout_s:
             traffic.fail(ServerDied(f"{self._adapter.name} has answered nothing for {self._silent_s:.0f} s"))
+        return listens
 
     @property
     def _silent_s(self) -> float:

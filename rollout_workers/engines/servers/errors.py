@@ -10,7 +10,7 @@ ServerRefused          an answer with status 4xx                       the reque
 ServerFailed           an answer with status 5xx                       the call is made again; then the request fails
 ServerAnswerError      an answer that is not what the protocol allows  as ServerFailed
 ServerSilent           no byte within ``request_timeout_s``            as ServerFailed; all silent: as ServerDied
-ServerDied             the process ended, or failed again and again    requests continue elsewhere; the engine is replaced
+ServerDied             a process ended, or failed again and again      requests continue elsewhere; the engine is replaced
 =====================  ==============================================  ==============================================
 """
 
@@ -25,6 +25,7 @@ __all__ = [
     "ServerDied",
     "ServerFailed",
     "ServerNotStarted",
+    "ServerNotThere",
     "ServerRefused",
     "ServerSilent",
     "ServerUnreachable",
@@ -41,6 +42,10 @@ class ServerNotStarted(EngineFault):
 
 class ServerUnreachable(EngineFault):
     """No connection, or one that broke before the answer was complete."""
+
+
+class ServerNotThere(ServerUnreachable):
+    """Nothing listens at its address."""
 
 
 class ServerRefused(EngineFault):

