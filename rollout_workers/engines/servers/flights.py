@@ -34,7 +34,8 @@ class Flight:
 
     def __init__(self, request: GenerateRequest, client: str, every: int, now: float) -> None:
         self.request = request
-        self.client = client
+        self.client: str | None = client
+        """Who hears of it; None once that client is gone."""
         self.attempt = 0
         self.heard_at = now
         """When the last byte for it arrived (or it was sent)."""

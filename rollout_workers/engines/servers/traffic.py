@@ -116,6 +116,8 @@ class Traffic:
         """A client is gone: its requests end, and nothing is kept for it."""
         requests, _ = self.clients.forget(client)
         for request_id in requests:
+            if (flight := self.flights.get(request_id)) is not None:
+                flight.client = None
             self._abort(request_id)
         self._outbox.pop(client, None)
         self._ready.pop(client, None)
@@ -259,8 +261,8 @@ class Traffic:
         self._deliver(flight.client, flight.take(chunks))
         return any(chunk.finish_reason is not None for chunk in chunks)
 
-    def _deliver(self, client: str, chunks: list[TokenChunk]) -> None:
-        if not chunks:
+    def _deliver(self, client: str | None, chunks: list[TokenChunk]) -> None:
+        if client is None or not chunks:
             return
         if self.first_token_at is None and any(len(chunk.tokens) for chunk in chunks):
             self.first_token_at = time.time()

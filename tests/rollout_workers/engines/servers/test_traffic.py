@@ -234,3 +234,6 @@ async def test_a_client_that_is_gone_leaves_nothing(requests: Traffic) -> None:
     requests.forget("c")
     await until(lambda: not requests.flights, "the request to end")
     assert requests.clients.load("c").requests == 0
+    assert "c" not in requests._outbox  # not even the end of its request, which comes later
+    submit(requests, request("r2", max_tokens=5))  # one of the same name hears of its own requests alone
+    assert {chunk.request_id for chunk in decode(await requests.collect("c"), list[TokenChunk])} == {"r2"}
