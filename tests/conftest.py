@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process, and one local Ray cluster per session for those that ask for it."""
+"""Shared by all tests: one thread per process, and a local Ray cluster for the modules that ask for it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ for variable in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
     os.environ.pop(variable, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
-    """A Ray cluster of this machine's own, whatever else runs on it."""
+    """A Ray cluster of this machine's own, whatever else runs on it. Others start theirs: it ends with its module."""
     import ray
 
     ray.init(
