@@ -82,12 +82,12 @@ class ReusedRank(RankActor):
 
 
 class Ranks:
-    """``world`` processes."""
+    """``world`` processes, each with a GPU of its own where ``device`` is ``cuda``."""
 
-    def __init__(self, world: int, timeout_s: float = 180.0) -> None:
-        kind = ray.remote(ReusedRank).options(num_cpus=0)
-        self._timeout_s = timeout_s
-        settings = RankSettings(0, world, LearnerConfig(), "float32", 1, 1, timeout_s)
+    def __init__(self, world: int, timeout_s: float = 180.0, device: str = "cpu") -> None:
+        kind = ray.remote(ReusedRank).options(num_cpus=0, num_gpus=int(device == "cuda"))
+        self._timeout_s, self._device = timeout_s, device
+        settings = RankSettings(0, world, LearnerConfig(device=device), "float32", 1, 1, timeout_s)
         self.actors: Sequence[Any] = [kind.remote(settings) for _ in range(world)]
 
     def group(self, dtype: str = "float32", **settings: Any) -> RankGroup:
@@ -118,7 +118,7 @@ class Ranks:
             backend="megatron",
             ranks=len(self.actors),
             warm_up_steps=0,
-            device="cpu",
+            device=self._device,
             megatron=MegatronConfig(**division),
             **settings,
         )
