@@ -19,7 +19,6 @@ from experience.accounting import Span, read_timeline
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
 ACTORS = {
-    "stager": "StagerActor",
     "worker": "RolloutWorkerActor",
     "engine": "EngineActor",
     "environment": "EnvironmentActor",
@@ -28,6 +27,8 @@ ACTORS = {
     "queue": "QueueActor",
     "controller": "Controller",
 }
+"""Of every run; each keeps books of its seconds."""
+SOMETIMES = {"rank": "RankActor", "stager": "StagerActor"}
 
 
 class MillraceProcess:
@@ -70,7 +71,7 @@ class MillraceProcess:
 
     def kill(self, role: str) -> int:
         """kill -9 the actor of a role; returns its process id."""
-        title = f"ray::{ {**ACTORS, 'rank': 'RankActor'}[role] }"
+        title = f"ray::{(ACTORS | SOMETIMES)[role]}"
         children = psutil.Process(self._process.pid).children(recursive=True)
         found = [process for process in children if title in command_line(process)]
         assert found, f"no process of {title}"

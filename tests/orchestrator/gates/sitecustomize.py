@@ -13,7 +13,7 @@ from gate import wait_at
 
 GATED = {
     "weight_sync.transports.select": ("AnyReceiver", "fetch", "transfer"),
-    "learner.learner": ("Learner", "save", "saving"),
+    "learner.learner": ("Learner", "finish_save", "saving"),
 }
 TRAINING = ("Learner", "finish_step", "training")
 

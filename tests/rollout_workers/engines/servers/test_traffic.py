@@ -96,7 +96,7 @@ async def test_requests_are_streamed_a_few_tokens_at_a_time(requests: Traffic) -
     assert got["a"].tokens.tolist() == list(range(103, 113))
     assert got["b"].tokens.tolist() == [503, 504, 505]
     assert got["a"].finish_reason is FinishReason.LENGTH
-    assert requests.flights == {}
+    await until(lambda: not requests.flights, "the last request to land")
 
 
 @pytest.mark.parametrize("how", ["500", "garbage", "close"])
@@ -177,7 +177,7 @@ async def test_a_server_that_is_gone_is_given_up_with_what_it_had_made(server: S
     await server.process.stop()
     with pytest.raises(ServerDied, match="fails again and again"):
         await results(requests)
-    assert requests.flights == {}
+    await until(lambda: not requests.flights, "the request to land")
 
 
 async def test_an_abort_before_the_request_was_sent_ends_it(server: Server, requests: Traffic) -> None:
