@@ -32,6 +32,7 @@ from learner.objectives.config import ObjectiveConfig
 from learner.objectives.regularisers import distillation_loss
 from learner.objectives.token_statistics import token_logprobs
 from learner.prefix_tree import Sharing
+from weight_sync.file_names import FileNames
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +221,9 @@ class FsdpBackend:
         if self._adapter is not None:
             yield from self._adapter.published(self._dtype)
             return
+        names = FileNames.of(self._model.config.model_type)
         for name, parameter in self._parameters.items():
-            yield name, whole(parameter.detach().to(self._dtype))
+            yield from names.split(name, whole(parameter.detach().to(self._dtype)))
 
     def master_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters.items():

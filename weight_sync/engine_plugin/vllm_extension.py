@@ -164,10 +164,25 @@ class MillraceWorker:
 
         model = self.model_runner.model
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            if self.device.type == "cpu":
+                forget_expert_kernels(model)
             initialize_layerwise_reload(model)
             model.load_weights(iter(tensors))
             finalize_layerwise_reload(model, self.vllm_config.model_config)
             pack_again(model)
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> int:
+    """Have layers of experts set up their kernels anew after the next reload; returns how many.
+
+    On a CPU that is when their weights are packed, and vLLM does it only while there is no kernel: after a reload the kernel would
+    take plain weights for packed ones.
+    """
+    methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
+    having = [method for method in methods if getattr(method, "moe_kernel", None) is not None]
+    for method in having:
+        method.moe_kernel = None
+    return len(having)
 
 
 def pack_again(model: torch.nn.Module) -> int:

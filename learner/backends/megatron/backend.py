@@ -199,7 +199,8 @@ class MegatronBackend:
         """Reset the reference policy when it is due (Liu et al. 2025, "ProRL", section 3.2)."""
         every = self._config.reference_reset_every
         if self._has_reference and every and self.updates % every == 0:
-            weights = self._weights(torch.float32)
+            gathered = self._exchange.gather(self._optimizer.weight, torch.float32)
+            weights = fused(gathered, self._architecture.experts)
             if self._reference is not None:
                 self._reference.take(weights)
             else:
@@ -209,12 +210,8 @@ class MegatronBackend:
     # Weights and state by Hugging Face name
 
     def named_tensors(self) -> Named:
-        yield from self._weights(self._dtype)
-
-    def _weights(self, dtype: torch.dtype) -> Named:
-        """Whole tensors, on every rank; all ranks must iterate to the end."""
-        gathered = self._exchange.gather(self._optimizer.weight, dtype)
-        yield from fused(gathered, self._architecture.experts)
+        """Whole tensors by the names of files, on every rank; all ranks must iterate to the end."""
+        yield from self._exchange.gather(self._optimizer.weight, self._dtype)
 
     def master_weights(self) -> Named:
         """Whole, each on the first rank alone, by the names of files."""

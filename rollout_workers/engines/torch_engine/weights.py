@@ -1,7 +1,7 @@
 """The versions of the weights that an engine holds: one served, one being staged, and those that are pinned.
 
-A version is a set of tensors by Hugging Face parameter name (tied ones once). Switching moves no bytes: the model's
-parameters are pointed at another set. A pinned version is therefore free until the next stage, which then fills new
+A version is a set of tensors by the model's parameter names (tied ones once); they arrive by the names of Hugging Face's
+files. Switching moves no bytes: the model's parameters are pointed at another set. A pinned version is therefore free until the next stage, which then fills new
 tensors instead of re-using the old ones.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from weight_sync.file_names import FileNames
 
 Tensors = dict[str, Tensor]
 
@@ -25,6 +27,9 @@ class WeightStore:
         """The version now served."""
         self._parameters = dict(model.named_parameters())
         self._name_of = _canonical_names(model)
+        self._names = FileNames.of(str(getattr(getattr(model, "config", None), "model_type", "")))
+        self._places: Tensors = {}
+        """Of the shadow copy, by the names under which tensors arrive."""
         self._served: Tensors = {name: parameter.data for name, parameter in self._parameters.items()}
         self._active = self._served
         self._spare: Tensors | None = None
@@ -50,16 +55,20 @@ class WeightStore:
         """Begin to fill the shadow copy; an unfinished earlier stage is forgotten."""
         if self._spare is None:
             self._spare = {name: torch.empty_like(tensor) for name, tensor in self._served.items()}
-        self._shadow, self._shadow_version, self._missing = self._spare, version, set(self._served)
+        self._shadow, self._shadow_version = self._spare, version
+        self._places = {
+            part: place for name, whole in self._shadow.items() for part, place in self._names.split(name, whole)
+        }
+        self._missing = set(self._places)
 
     def stage_tensor(self, name: str, tensor: Tensor) -> None:
         """Copy one tensor (any dtype, any device) into the shadow copy."""
         if self._shadow_version is None:
             raise WeightError(f"stage_tensor({name!r}) before stage_begin")
-        canonical = self._name_of.get(name)
-        if canonical is None:
+        canonical = self._name_of.get(name, name)
+        target = self._places.get(canonical)
+        if target is None:
             raise WeightError(f"version {self._shadow_version}: the model has no parameter {name!r}")
-        target = self._shadow[canonical]
         if target.shape != tensor.shape:
             raise WeightError(
                 f"version {self._shadow_version}: {name!r} has shape {tuple(tensor.shape)}, the model's is "
@@ -85,7 +94,7 @@ class WeightStore:
         still_pinned = any(tensors is self._served for tensors in self._pinned.values())
         self._spare = None if still_pinned else self._served
         self._served, self.version = self._shadow, version
-        self._shadow, self._shadow_version = {}, None
+        self._shadow, self._places, self._shadow_version = {}, {}, None
         self.activate(None)
 
     def pin(self, version: int) -> None:

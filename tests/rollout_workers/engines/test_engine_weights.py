@@ -6,6 +6,7 @@ from engine_helpers import make_engine, make_model, request, run_all
 
 from rollout_workers.engines.torch_engine import WeightError
 from rollout_workers.engines.torch_engine.weights import WeightStore
+from weight_sync.file_names import FileNames
 
 
 def filled(value: float) -> list[tuple[str, torch.Tensor]]:
@@ -119,3 +120,25 @@ def test_staging_between_steps_disturbs_no_request() -> None:
     tokens = [token for chunk in chunks for token in chunk.tokens.tolist()]
     assert tokens == whole.tokens.tolist()
     assert engine.weight_bytes == sum(tensor.nbytes for _, tensor in filled(0.0))
+
+
+def test_experts_arrive_one_by_one() -> None:
+    """Under the names of files, which is how they travel; the loaded model has one tensor for all experts of a layer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    more = {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 3}
+    served, new = (Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **more)).requires_grad_(False) for _ in range(2))
+    names = FileNames.of("qwen3_moe")
+    arriving = [part for name, tensor in new.named_parameters() for part in names.split(name, tensor)]
+    store = WeightStore(served, 0)
+    with pytest.raises(
+        WeightError, match=r"1 parameters missing: model\.layers\.0\.mlp\.experts\.2\.down_proj\.weight"
+    ):
+        stage(store, 1, [(name, tensor) for name, tensor in arriving if "experts.2.down" not in name])
+    with pytest.raises(WeightError, match=r"has no parameter .model\.layers\.0\.mlp\.experts\.down_proj"):
+        stage(store, 1, [("model.layers.0.mlp.experts.down_proj", new.model.layers[0].mlp.experts.down_proj)])
+    stage(store, 1, arriving)
+    store.commit(1)
+    for (name, found), expected in zip(served.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(found, expected), name
