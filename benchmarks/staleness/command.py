@@ -60,6 +60,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
     help="Models and finished runs.",
 )
 @click.option("--resume", is_flag=True, help="Keep the finished runs of --dir and run what is missing.")
+@click.option("--finished", is_flag=True, help="Run nothing: show all that --dir holds.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here.")
 @click.option("--figure", "figure_path", type=click.Path(path_type=Path, dir_okay=False), help="An .svg or .png file.")
 def staleness(
@@ -74,6 +75,7 @@ def staleness(
     processes: int,
     directory: Path,
     resume: bool,
+    finished: bool,
     json_path: Path | None,
     figure_path: Path | None,
 ) -> None:
@@ -87,12 +89,14 @@ def staleness(
     rows_path = directory / "rows.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        if rows_path.exists() and not resume:
+        if rows_path.exists() and not (resume or finished):
             raise StudyError(f"{rows_path} holds finished runs: add --resume to keep them, or choose another --dir")
         rows = read_rows(rows_path)
         rewrite(rows_path, rows)
+        if finished and not rows:
+            raise StudyError(f"{rows_path} holds no finished runs: leave out --finished, or name another --dir")
         wanted = trials(corrections, lags, chosen, steps, eval_every, held_out)
-        waiting = [trial for trial in wanted if not done(rows, trial)]
+        waiting = [] if finished else [trial for trial in wanted if not done(rows, trial)]
 
         def keep(row: dict[str, Any]) -> None:
             rows.append(row)
@@ -104,18 +108,21 @@ def staleness(
                 err=True,
             )
 
-        run_study(waiting, config, directory, processes, keep)
+        if waiting:
+            run_study(waiting, config, directory, processes, keep)
     except StudyError as error:
         raise click.ClickException(str(error)) from error
-    shown = [row for row in rows if any(done([row], trial) for trial in wanted)]
+    shown = rows if finished else [row for row in rows if any(done([row], trial) for trial in wanted)]
     found = cells(shown)
     table_console(TABLE_WIDTH).print(table(found))
     if figure_path is not None:
         save_figure(figure_path, draw(found, shown))
     if json_path is not None:
-        settings = {"config": config, "lags": lags, "corrections": corrections, "steps": steps, "held_out": held_out}
+        of = {key: sorted({row[key] for row in shown}) for key in ("seed", "lag", "correction", "steps", "held_out")}
+        settings = {"config": config, "lags": of["lag"], "corrections": of["correction"], "steps": of["steps"]}
+        settings |= {"held_out": of["held_out"]}
         results = {"cells": [asdict(cell) for cell in found], "runs": shown}
-        write_json(json_path, document("staleness", seeds=list(chosen), settings=settings, results=results))
+        write_json(json_path, document("staleness", seeds=of["seed"], settings=settings, results=results))
 
 
 def rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -125,7 +132,9 @@ def rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def table(found: Sequence[Cell]) -> Table:
     """One line for each correction and lag."""
-    made = Table("correction", "lag", "seeds", "final", "± s.e.", "area", "below lag 0", "max mismatch", box=None)
+    made = Table(
+        "correction", "lag", "seeds", "final", "± s.e.", "area", "below lag 0", "± s.e.", "max mismatch", box=None
+    )
     for cell in found:
         gap = "" if cell.gap is None else f"{cell.gap:+.3f}"
         made.add_row(
@@ -136,6 +145,7 @@ def table(found: Sequence[Cell]) -> Table:
             f"{cell.final_error:.3f}" if cell.seeds > 1 else "",
             f"{cell.area:.3f}",
             gap,
+            f"{cell.gap_error:.3f}" if cell.gap_error else "",
             f"{cell.mismatch_max:.3f}",
         )
     return made

@@ -46,18 +46,23 @@ class Cell:
     area: float
     gap: float | None
     """How much ``final`` is below that of lag 0, seeds paired (the same correction's, or else any's); None without one."""
+    gap_error: float
+    """Standard error of ``gap`` over the seeds; 0 for fewer than two."""
     mismatch_max: float
 
 
 def trials(
     corrections: Sequence[str], lags: Sequence[int], seeds: Iterable[int], steps: int, eval_every: int, held_out: int
 ) -> list[Trial]:
-    """All runs, seed by seed, so that what is finished first is already a whole table."""
+    """All runs, seed by seed, so that what is finished first is already a whole table.
+
+    On-policy every weight is 1 and no correction does anything: at lag 0 the first one stands for all.
+    """
     return [
         Trial(correction, lag, seed, steps, eval_every, held_out)
         for seed in seeds
         for lag in lags
-        for correction in corrections
+        for correction in (corrections if lag else corrections[:1])
     ]
 
 
@@ -145,9 +150,15 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
         chosen = [row for row in rows if (row["correction"], row["lag"]) == (correction, lag)]
         finals = [row["final"] for row in chosen]
         gaps = [mean(fresh[row["seed"]]) - row["final"] for row in chosen if row["seed"] in fresh]
-        error = stdev(finals) / len(finals) ** 0.5 if len(finals) > 1 else 0.0
         mismatch = max(row["mismatch_max"] for row in chosen)
         area = mean(row["area"] for row in chosen)
         gap = mean(gaps) if gaps else None
-        found.append(Cell(correction, lag, len(chosen), mean(finals), error, area, gap, mismatch))
+        found.append(
+            Cell(correction, lag, len(chosen), mean(finals), _error(finals), area, gap, _error(gaps), mismatch)
+        )
     return found
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

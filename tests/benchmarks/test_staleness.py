@@ -59,6 +59,7 @@ def test_the_gap_is_taken_seed_by_seed() -> None:
     assert late.final == pytest.approx(0.78)
     assert late.gap == pytest.approx((0.1 + 0.04) / 2)
     assert late.final_error == pytest.approx(0.08)
+    assert late.gap_error == pytest.approx(0.03)
     assert late.area == pytest.approx((0.2 + 0.78) / 2)
     assert late.mismatch_max == pytest.approx(0.8)
     only = cells([row("clip", 8, 0, 0.7)])[0]
@@ -111,6 +112,25 @@ def test_finished_runs_are_not_overwritten(tmp_path: Path) -> None:
     result = CliRunner().invoke(staleness, ["--dir", str(tmp_path)])
     assert result.exit_code == 1
     assert "holds finished runs: add --resume" in result.output
+
+
+def test_what_is_finished_is_shown_without_running_anything(tmp_path: Path) -> None:
+    arguments = ["--finished", "--dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(staleness, arguments)
+    assert result.exit_code == 1
+    assert "holds no finished runs" in result.output
+    made = [row("tis", 0, 3, 0.9), row("m2po", 16, 3, 0.8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    assert CliRunner().invoke(staleness, arguments).exit_code == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["results"]["runs"] == json.loads(json.dumps(made))
+    assert (written["seeds"], written["settings"]["corrections"]) == ([3], ["m2po", "tis"])
+
+
+def test_at_lag_0_one_correction_stands_for_all() -> None:
+    found = trials(["tis", "clip"], [0, 8], [0, 1], 300, 50, 400)
+    assert [(trial.correction, trial.lag) for trial in found[:3]] == [("tis", 0), ("tis", 8), ("clip", 8)]
+    assert len(found) == 6
 
 
 def small_config(directory: Path) -> str:
