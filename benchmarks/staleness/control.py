@@ -214,5 +214,6 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
     axes[0].legend(frameon=False)
     for place in axes:
         place.grid(alpha=0.3)
+        place.locator_params(axis="x", nbins=5)
     figure.tight_layout()
     return figure
