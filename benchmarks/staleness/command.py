@@ -60,7 +60,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
     help="Models and finished runs.",
 )
 @click.option("--resume", is_flag=True, help="Keep the finished runs of --dir and run what is missing.")
-@click.option("--finished", is_flag=True, help="Run nothing: show all that --dir holds.")
+@click.option("--finished", is_flag=True, help="Run nothing: show what --dir holds of such runs.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here.")
 @click.option("--figure", "figure_path", type=click.Path(path_type=Path, dir_okay=False), help="An .svg or .png file.")
 def staleness(
@@ -87,16 +87,23 @@ def staleness(
         raise click.BadParameter(f"{eval_every}: give at least 1", param_hint="--eval-every")
     chosen = range(first_seed, first_seed + seeds)
     rows_path = directory / "rows.jsonl"
-    directory.mkdir(parents=True, exist_ok=True)
     try:
         if rows_path.exists() and not (resume or finished):
             raise StudyError(f"{rows_path} holds finished runs: add --resume to keep them, or choose another --dir")
         rows = read_rows(rows_path)
-        rewrite(rows_path, rows)
-        if finished and not rows:
-            raise StudyError(f"{rows_path} holds no finished runs: leave out --finished, or name another --dir")
         wanted = trials(corrections, lags, chosen, steps, eval_every, held_out)
-        waiting = [] if finished else [trial for trial in wanted if not done(rows, trial)]
+        if finished:  # of a study that may still be going on: nothing is written
+            alike = {"steps": steps, "eval_every": eval_every, "held_out": held_out}
+            rows = [row for row in rows if alike.items() <= row.items()]
+            if not rows:
+                raise StudyError(
+                    f"{rows_path} holds no finished runs of {alike}: leave out --finished, or name another --dir"
+                )
+            waiting = []
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            rewrite(rows_path, rows)
+            waiting = [trial for trial in wanted if not done(rows, trial)]
 
         def keep(row: dict[str, Any]) -> None:
             rows.append(row)

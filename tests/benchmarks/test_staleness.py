@@ -120,8 +120,11 @@ def test_what_is_finished_is_shown_without_running_anything(tmp_path: Path) -> N
     assert result.exit_code == 1
     assert "holds no finished runs" in result.output
     made = [row("tis", 0, 3, 0.9), row("m2po", 16, 3, 0.8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    shorter = Outcome(Trial("clip", 8, 0, steps=3), curve=[(0, 0.2), (3, 0.3)]).row()
+    kept = "".join(json.dumps(each) + "\n" for each in [*made, shorter]) + '{"correction": "ti'  # being written
+    (tmp_path / "rows.jsonl").write_text(kept)
     assert CliRunner().invoke(staleness, arguments).exit_code == 0
+    assert (tmp_path / "rows.jsonl").read_text() == kept
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["results"]["runs"] == json.loads(json.dumps(made))
     assert (written["seeds"], written["settings"]["corrections"]) == ([3], ["m2po", "tis"])

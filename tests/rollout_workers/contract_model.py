@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +101,15 @@ def logits_of(seed: int, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
     """float32 [T, V] of a plain forward pass."""
     with torch.no_grad():
         return make_model(seed)(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0].float()
+
+
+def logprobs(model: Any, given: npt.NDArray[np.int32], sampled: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Of the sampled tokens after those given, by a plain forward pass."""
+    whole = torch.from_numpy(np.concatenate([given, sampled]).astype(np.int64))
+    with torch.no_grad():
+        logp = torch.log_softmax(model(whole[None], use_cache=False).logits[0].double(), dim=-1)
+    found: npt.NDArray[np.float64] = logp[len(given) - 1 : -1].gather(1, whole[len(given) :, None])[:, 0].numpy()
+    return found
 
 
 def make_adapter(seed: int, rank: int = 4) -> list[tuple[str, torch.Tensor]]:

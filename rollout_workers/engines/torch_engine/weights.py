@@ -1,8 +1,8 @@
 """The versions of the weights that an engine holds: one served, one being staged, and those that are pinned.
 
 A version is a set of tensors by the model's parameter names (tied ones once); they arrive by the names of Hugging Face's
-files. Switching moves no bytes: the model's parameters are pointed at another set. A pinned version is therefore free until the next stage, which then fills new
-tensors instead of re-using the old ones.
+files. Switching moves no bytes: the model's parameters are pointed at another set. A pinned version is therefore free until
+the next stage, which then fills new tensors instead of re-using the old ones.
 """
 
 from __future__ import annotations

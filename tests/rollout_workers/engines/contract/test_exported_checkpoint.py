@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import torch
 from contract_engine import Engine, require_environment
-from contract_model import prompt, write_model
+from contract_model import logprobs, prompt, write_model
 from learner_fixtures import make_groups, make_learner, train_step
 from transformers import AutoModelForCausalLM
 
 from learner.export import export_checkpoint
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900), pytest.mark.engines]
-
-
-def logprobs(model: Any, given: npt.NDArray[np.int32], sampled: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    whole = torch.from_numpy(np.concatenate([given, sampled]).astype(np.int64))
-    with torch.no_grad():
-        logp = torch.log_softmax(model(whole[None], use_cache=False).logits[0].double(), dim=-1)
-    found: npt.NDArray[np.float64] = logp[len(given) - 1 : -1].gather(1, whole[len(given) :, None])[:, 0].numpy()
-    return found
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from contract_engine import Engine, require_environment
-from contract_model import VOCABULARY, make_tokenizer, prompt
+from contract_model import VOCABULARY, logprobs, make_tokenizer, prompt
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from weight_sync.file_names import FileNames
@@ -46,14 +45,6 @@ def named(model: Any) -> list[tuple[str, torch.Tensor]]:
     """As a learner publishes them."""
     names = FileNames.of(model.config.model_type)
     return [part for name, tensor in model.named_parameters() for part in names.split(name, tensor.detach())]
-
-
-def logprobs(model: Any, given: npt.NDArray[np.int32], sampled: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    whole = torch.from_numpy(np.concatenate([given, sampled]).astype(np.int64))
-    with torch.no_grad():
-        logp = torch.log_softmax(model(whole[None], use_cache=False).logits[0].double(), dim=-1)
-    found: npt.NDArray[np.float64] = logp[len(given) - 1 : -1].gather(1, whole[len(given) :, None])[:, 0].numpy()
-    return found
 
 
 @pytest.mark.parametrize("make", [tied_model, model_of_experts])
