@@ -21,7 +21,7 @@ from env_pool.config import EnvironmentsConfig, RewardConfig, TasksConfig
 from experience.config import QueueConfig, StalenessConfig
 from learner.config import LearnerConfig, ModelConfig
 from learner.objectives.names import GROUP_RELATIVE
-from learner.objectives.presets import PRESETS
+from learner.objectives.presets import PART_OF, PRESETS
 from orchestrator.composition import ConfigError, Origin, compose, leaves
 from orchestrator.fleet_config import FleetConfig
 from rollout_workers.config import RolloutConfig
@@ -155,7 +155,7 @@ def resolve_objective(config: Config) -> Config:
     """A copy of ``config`` with the values of its objective's preset wherever nothing else was set.
 
     What was set in an earlier layer than ``learner.objective`` gives way to the preset, as with ``mode``; what was set beside
-    it or later stays.
+    it or later stays, and a part of something that was set otherwise (the bounds of another surrogate) is not taken over.
 
     Raises:
         ConfigError: No preset of that name.
@@ -165,9 +165,18 @@ def resolve_objective(config: Config) -> Config:
         raise ConfigError(f"learner.objective: {one_of(name, tuple(PRESETS))}")
     resolved = copy.deepcopy(config)
     chosen = config.origins.get("learner.objective", Origin(-1, "the default"))
-    for key, value in PRESETS[name].settings.items():
+    settings = PRESETS[name].settings
+
+    def stays(key: str) -> bool:
         origin = config.origins.get(key)
-        if origin is None or origin.layer < chosen.layer:
+        return origin is not None and origin.layer >= chosen.layer
+
+    def owner_differs(key: str) -> bool:
+        owner = PART_OF.get(key)
+        return owner is not None and stays(owner) and reduce(getattr, owner.split("."), config) != settings.get(owner)
+
+    for key, value in settings.items():
+        if not stays(key) and not owner_differs(key):
             *sections, field_name = key.split(".")
             setattr(reduce(getattr, sections, resolved), field_name, value)
     learner = resolved.learner

@@ -23,6 +23,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "double_sided": {**_PLAIN, "learner.correction": "double_sided"},
     "clip": {**_CLIP, "learner.correction": "none"},
     "decoupled": {**_CLIP, "learner.correction": "decoupled"},
+    "decoupled_m2": {**_CLIP, "learner.correction": "decoupled", "learner.second_moment_limit": 0.04},
     "cispo": {"learner.surrogate": "clipped_weight", "learner.clip_high": 4.0, "learner.correction": "none"},
     "m2po": {**_PLAIN, "learner.correction": "none", "learner.second_moment_limit": 0.04},
 }

@@ -206,10 +206,14 @@ class ObjectiveConfig:
             raise ValueError(
                 f"learner.correction_level=sequence can have no effect with learner.correction={self.correction}"
             )
-        if self.dual_clip is not None and self.surrogate != "clip":
-            raise ValueError(
-                f"learner.dual_clip can have no effect with learner.surrogate={self.surrogate}: set it to null"
-            )
+        bounds = {"clip": (), "clipped_weight": ("dual_clip",)}.get(
+            self.surrogate, ("clip_low", "clip_high", "dual_clip")
+        )
+        for key in bounds:
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"learner.{key} can have no effect with learner.surrogate={self.surrogate}: set it to null"
+                )
 
     def _check_regularisers(self) -> None:
         if self.distill_coef > 0 and self.teacher is None:

@@ -25,10 +25,25 @@ def _learner(**settings: Any) -> dict[str, Any]:
 _CLIP = {"surrogate": "clip", "correction": "none", "clip_low": 0.2, "clip_high": 0.2}
 """The plain clipped surrogate, its ratio to the policy that sampled."""
 
+PART_OF = {
+    **dict.fromkeys(("learner.clip_low", "learner.clip_high", "learner.dual_clip"), "learner.surrogate"),
+    **dict.fromkeys(
+        ("learner.proximal", "learner.correction_cap", "learner.correction_low", "learner.correction_high",
+         "learner.correction_level"), "learner.correction",
+    ),
+}  # fmt: skip
+"""Settings that mean something only beside the value that a preset gives another one: who sets that one otherwise does not
+get these from the preset."""
+
 PRESETS: dict[str, Preset] = {
     "grpo": Preset(
-        "Millrace's default: group-relative advantages (Shao et al. 2024, arXiv:2402.03300) with truncated importance weights "
-        "for stale tokens (Espeholt et al. 2018, arXiv:1802.01561)",
+        "Millrace's default: group-relative advantages (Shao et al. 2024, arXiv:2402.03300), stale tokens by the decoupled "
+        "objective (Fu et al. 2025, AReaL, arXiv:2505.24298) with the interpolated policy (Li et al. 2025, A-3PO), clip-higher "
+        "(Yu et al. 2025, DAPO, arXiv:2503.14476) and weights truncated at 2",
+        _learner(
+            advantage="grpo", surrogate="clip", correction="decoupled", clip_low=0.2, clip_high=0.28, correction_cap=2.0,
+            aggregation="token",
+        ),
     ),
     "deepseek_grpo": Preset(
         "Shao et al. 2024, DeepSeekMath, arXiv:2402.03300",

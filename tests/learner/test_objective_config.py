@@ -25,6 +25,8 @@ CLIP: dict[str, Any] = {"surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28}
         ({"correction": "unweighted", "correction_level": "sequence"}, "correction_level=sequence can have no effect"),
         ({"correction": "none", "correction_level": "sequence"}, "correction_level=sequence can have no effect"),
         ({"dual_clip": 3.0}, "learner.dual_clip can have no effect with learner.surrogate=plain"),
+        ({"clip_low": 0.2}, "learner.clip_low can have no effect with learner.surrogate=plain"),
+        ({"clip_high": 0.2, "surrogate": "likelihood"}, "learner.clip_high can have no effect with learner.surrogate"),
         ({"kl_coef": 0.1, "kl_kind": "k1"}, "learner.kl_kind=k1 can have no effect in the loss"),
         ({"surrogate": "clip", "correction": "none"}, "needs learner.clip_low and learner.clip_high"),
         ({"surrogate": "clipped_weight", "correction": "none"}, "needs learner.clip_high"),

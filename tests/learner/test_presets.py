@@ -12,7 +12,7 @@ from learner_fixtures import make_group, train_step
 from learner.config import ModelConfig
 from learner.learner import Learner
 from learner.objectives.presets import PRESETS
-from orchestrator.config import Config, load, validate
+from orchestrator.config import Config, ConfigError, load, validate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "objectives"
 
@@ -55,6 +55,25 @@ def test_a_step_with_it_trains_the_model(name: str, model_directory: Path) -> No
     assert metrics["step/skipped"] == 0
     assert metrics["updates"] == config.updates_per_step
     assert 0 < metrics["grad_norm"] < 1e4
+
+
+def test_bounds_of_the_preset_go_with_its_surrogate_and_its_correction() -> None:
+    default = load(["quickstart"]).learner
+    assert (default.surrogate, default.correction, default.clip_high) == ("clip", "decoupled", 0.28)
+    plain = load(["quickstart"], ["learner.surrogate=plain", "learner.correction=tis"])
+    validate(plain)
+    assert (plain.learner.clip_low, plain.learner.clip_high) == (None, None)
+    clipped = load(["quickstart"], ["learner.correction=none", "learner.clip_high=0.2"])
+    validate(clipped)
+    assert (clipped.learner.clip_low, clipped.learner.clip_high) == (0.2, 0.2)
+    validate(load(["objectives/areal"], ["learner.correction=none"]))
+
+
+def test_a_correction_that_leaves_the_preset_s_clip_without_effect_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"surrogate=clip can have no effect with learner.correction=tis .*surrogate=plain"
+    ):
+        validate(load(["quickstart"], ["learner.correction=tis"]))
 
 
 def test_a_packaged_objective_is_found_by_its_name() -> None:
