@@ -26,6 +26,8 @@ from orchestrator.planning.memory import MEBIBYTE, TOKEN_BYTES, TRAJECTORY_BYTES
 from orchestrator.planning.synthetic import forecast_of, forecast_rows, forecast_warnings, measured_rows, table_of
 from orchestrator.view import count, size
 
+UNBOUNDED_LAG = 8.0
+"""Updates beyond which weights alone were seen to fail (docs/learner.md, staleness against learning)."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -152,6 +154,13 @@ def _flow_warnings(config: Config, allowed: int) -> list[str]:
         warnings.append(
             f"staleness.target_lag={staleness.target_lag:g} is over staleness.max_lag={staleness.max_lag}: many tokens "
             f"will be {loss}"
+        )
+    learner = config.learner
+    bounded = learner.second_moment_limit is not None or (learner.surrogate == "clip" and learner.correction == "none")
+    if staleness.target_lag > UNBOUNDED_LAG and not bounded:
+        warnings.append(
+            f"staleness.target_lag={staleness.target_lag:g}: at such a lag learner.correction={learner.correction} alone may "
+            "not hold; learner.second_moment_limit=0.04 bounds the distance, for one more forward pass an update"
         )
     if config.queue.order is QueueOrder.windowed and config.queue.window < rollout.groups_per_update:
         warnings.append(

@@ -96,6 +96,7 @@ def test_the_quickstart_needs_no_warning() -> None:
         (["engines.slots=16"], "engines.slots"),
         (["staleness.target_lag=6"], "will be masked"),
         (["staleness.target_lag=6", "staleness.on_violation=drop_group"], "dropped with their groups"),
+        (["staleness.target_lag=16", "staleness.max_lag=24"], "second_moment_limit=0.04"),
         (["queue.order=windowed", "queue.window=4"], "queue.window=4"),
         (["queue.budget_mb=0.01"], "queue.budget_mb"),
         (["learner.token_budget=100"], "learner.token_budget"),
