@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from weight_sync.transports.relay import with_routes
+from weight_sync.transports.protocol import with_routes
 
 logger = logging.getLogger(__name__)
 

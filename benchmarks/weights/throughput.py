@@ -150,7 +150,7 @@ def one_round(
     sender: Any, stager: Any, named: list[tuple[str, Any]], version: int, receivers: Receivers, reference: _Reference
 ) -> Round:
     """Publish once, and measure what memory and gloo do right after it."""
-    from weight_sync.transports.relay import with_routes
+    from weight_sync.transports.protocol import with_routes
 
     began = time.monotonic()
     sender.prepare(version, iter(named), [])

@@ -16,8 +16,7 @@ from weight_sync.errors import WeightTransferError
 from weight_sync.relay.stager import Stager
 from weight_sync.transports.delta import DeltaSender
 from weight_sync.transports.numpy_receiver import NumpyReceiver
-from weight_sync.transports.protocol import WHOLE, DeltaOffer, decode_offer
-from weight_sync.transports.relay import with_routes
+from weight_sync.transports.protocol import WHOLE, DeltaOffer, decode_offer, with_routes
 from weight_sync.transports.select import make_sender
 
 KINDS = ["shared_memory", "collective", "disk", "relay"]

@@ -21,8 +21,8 @@ from weight_sync.relay.keeping import Kept
 from weight_sync.relay.serving import VersionServer
 from weight_sync.relay.stager import Stager
 from weight_sync.transports import relay
-from weight_sync.transports.protocol import RelayOffer, decode_offer, encode_offer
-from weight_sync.transports.relay import RelaySender, with_routes
+from weight_sync.transports.protocol import RelayOffer, decode_offer, encode_offer, with_routes
+from weight_sync.transports.relay import RelaySender
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ the sender). ``offer`` makes another offer of the same version, for engines that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -217,3 +217,16 @@ class WeightReceiver(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def with_routes(offer: bytes, routes: Mapping[str, tuple[str, int]]) -> bytes:
+    """The offer with the stager of each member, also inside of what it is made of; others stay as they are."""
+    decoded = decode_offer(offer)
+    if isinstance(decoded, RelayOffer):
+        return encode_offer(msgspec.structs.replace(decoded, routes=dict(routes)))
+    if isinstance(decoded, DeltaOffer) and decoded.carried:
+        return encode_offer(msgspec.structs.replace(decoded, carried=with_routes(decoded.carried, routes)))
+    if isinstance(decoded, ShardedOffer):
+        parts = tuple(with_routes(part, routes) for part in decoded.parts)
+        return encode_offer(msgspec.structs.replace(decoded, parts=parts))
+    return offer

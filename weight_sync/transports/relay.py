@@ -11,10 +11,9 @@ from __future__ import annotations
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from weight_sync.errors import WeightTransferError
@@ -23,18 +22,14 @@ from weight_sync.relay.frames import Request, ask, connect, read
 from weight_sync.relay.serving import VersionServer
 from weight_sync.tensors import NamedTensors, bucket_tensors, pack, verify_bucket
 from weight_sync.transports.protocol import (
-    DeltaOffer,
     OnTensor,
     RelayOffer,
-    ShardedOffer,
     SharedMemoryOffer,
     StandingSender,
     decode_offer,
     encode_offer,
 )
 from weight_sync.transports.shared_memory import SharedMemoryReceiver
-
-Address = tuple[str, int]
 
 KEPT = 2
 """Publications that the sender itself keeps: stagers keep more."""
@@ -141,16 +136,3 @@ class RelayReceiver:
 
     def close(self) -> None:
         self._mapped.close()
-
-
-def with_routes(offer: bytes, routes: Mapping[str, Address]) -> bytes:
-    """The offer with the stager of each member, also inside of what it is made of; others stay as they are."""
-    decoded = decode_offer(offer)
-    if isinstance(decoded, RelayOffer):
-        return encode_offer(msgspec.structs.replace(decoded, routes=dict(routes)))
-    if isinstance(decoded, DeltaOffer) and decoded.carried:
-        return encode_offer(msgspec.structs.replace(decoded, carried=with_routes(decoded.carried, routes)))
-    if isinstance(decoded, ShardedOffer):
-        parts = tuple(with_routes(part, routes) for part in decoded.parts)
-        return encode_offer(msgspec.structs.replace(decoded, parts=parts))
-    return offer
