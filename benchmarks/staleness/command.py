@@ -162,11 +162,15 @@ def draw(found: Sequence[Cell], rows: Sequence[dict[str, Any]]) -> Any:
     """Final success by lag, and the curves at the largest lag, a colour for each correction."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     last = max(cell.lag for cell in found)
+    fresh = [cell for cell in found if cell.lag == 0][:1]  # on-policy all corrections are one
     for index, correction in enumerate(dict.fromkeys(cell.correction for cell in found)):
-        chosen = sorted((cell for cell in found if cell.correction == correction), key=lambda cell: cell.lag)
+        stale = sorted(
+            (cell for cell in found if cell.correction == correction and cell.lag), key=lambda cell: cell.lag
+        )
+        chosen = fresh + stale
         colour = f"C{index}"
         left.errorbar(
             [cell.lag for cell in chosen],
@@ -181,10 +185,10 @@ def draw(found: Sequence[Cell], rows: Sequence[dict[str, Any]]) -> Any:
             steps = [point[0] for point in curves[0]]
             means = [sum(curve[i][1] for curve in curves) / len(curves) for i in range(len(steps))]
             right.plot(steps, means, color=colour, label=correction)
+    left.set_xticks(sorted({cell.lag for cell in found}))
     left.set(xlabel="lag of the behaviour weights (updates)", ylabel="held-out success at the end")
     right.set(xlabel="updates", ylabel="held-out success", title=f"lag {last}")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     return figure
