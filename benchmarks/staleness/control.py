@@ -199,21 +199,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Success against time and against samples, a colour for each variant, a line for each seed."""
+    """Success against time and against samples: a colour for each variant, its mean over the seeds, and each seed faintly."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for index, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
-        for number, row in enumerate(row for row in rows if row["variant"] == name):
-            label = name if not number else None
-            for place, column in ((axes[0], 1), (axes[1], 2)):
-                place.plot([p[column] for p in row["curve"]], [p[3] for p in row["curve"]], f"C{index}", label=label)
+        curves = [row["curve"] for row in rows if row["variant"] == name]
+        middle = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
+        for place, column in ((axes[0], 1), (axes[1], 2)):
+            place.plot([p[column] for p in middle], [p[3] for p in middle], f"C{index}o-", markersize=3, label=name)
+            for curve in curves if len(curves) > 1 else []:
+                place.plot([p[column] for p in curve], [p[3] for p in curve], f"C{index}", alpha=0.15)
     axes[0].set(xlabel="time (forward passes of the engine)", ylabel="held-out success")
     axes[1].set(xlabel="episodes generated")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for place in axes:
         place.grid(alpha=0.3)
         place.locator_params(axis="x", nbins=5)
-    figure.tight_layout()
     return figure
