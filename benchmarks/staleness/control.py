@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.staleness.command import rewrite
-from benchmarks.staleness.study import StudyError, prepare_model, read_rows
+from benchmarks.staleness.study import StudyError, prepare_model, read_rows, standard_error
 
 TABLE_WIDTH = 120
 
@@ -148,7 +148,10 @@ def staleness_control(
                 file.write(json.dumps(row) + "\n")
             click.echo(f"{name}, seed {seed}: {row['final']:.3f} in {row['ticks']} ticks", err=True)
     shown = [row for row in rows if row["variant"] in names and row["seed"] in chosen]
-    table_console(TABLE_WIDTH).print(table(shown))
+    console = table_console(TABLE_WIDTH)
+    console.print(table(shown))
+    if len(names) > 1:
+        console.print(differences(shown, names))
     if figure_path is not None:
         save_figure(figure_path, draw(shown))
     if json_path is not None:
@@ -195,6 +198,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{average('waited'):.1%}",
             f"{average('length_bias'):.3f}",
         )
+    return made
+
+
+def differences(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    """Each variant's success less that of the first name's, seed by seed: mean and standard error, at the end and at T."""
+    horizon = min(row["ticks"] for row in rows)
+    first, *others = names
+    by_seed = {(row["variant"], row["seed"]): row for row in rows}
+    base = {seed: row for (name, seed), row in by_seed.items() if name == first}
+    made = Table(f"less {first}", "seeds", "final", "± s.e.", f"at T={horizon}", "± s.e.", box=None)
+    for name in others:
+        pairs = [(by_seed[name, seed], row) for seed, row in base.items() if (name, seed) in by_seed]
+        ends = [mine["final"] - other["final"] for mine, other in pairs]
+        early = [success_at(mine, horizon) - success_at(other, horizon) for mine, other in pairs]
+        shown = [f"{value:+.3f}" for each in (ends, early) for value in (mean(each), standard_error(each))]
+        made.add_row(name, str(len(pairs)), *(text.lstrip("+") if at % 2 else text for at, text in enumerate(shown)))
     return made
 
 

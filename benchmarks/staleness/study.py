@@ -155,11 +155,21 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
         area = mean(row["area"] for row in chosen)
         gap = mean(gaps) if gaps else None
         found.append(
-            Cell(correction, lag, len(chosen), mean(finals), _error(finals), area, gap, _error(gaps), mismatch)
+            Cell(
+                correction,
+                lag,
+                len(chosen),
+                mean(finals),
+                standard_error(finals),
+                area,
+                gap,
+                standard_error(gaps),
+                mismatch,
+            )
         )
     return found
 
 
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for fewer than two values."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

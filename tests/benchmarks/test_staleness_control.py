@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.staleness.control import VARIANTS, draw, staleness_control, success_at, table
+from benchmarks.staleness.control import VARIANTS, differences, draw, staleness_control, success_at, table
 from benchmarks.staleness.run import configuration
 from benchmarks.staleness.ticks import TickedOutcome, TickedRun, Timing
 from orchestrator.config import validate
@@ -116,3 +116,18 @@ def test_the_command_runs_and_resumes(tmp_path: Path) -> None:
     again = CliRunner().invoke(staleness_control, [*arguments, "--resume"])
     assert again.exit_code == 0, again.output
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    def row(variant: str, seed: int, final: float) -> dict[str, object]:
+        return {
+            "variant": variant,
+            "seed": seed,
+            "ticks": 100,
+            "final": final,
+            "curve": [(0, 0, 0, 0.2), (50, 100, 9, final)],
+        }
+
+    rows = [row("wait", 1, 0.9), row("mask_tokens", 0, 0.7), row("mask_tokens", 1, 0.8), row("wait", 0, 0.6)]
+    columns = [list(column.cells) for column in differences(rows, ["mask_tokens", "wait"]).columns]
+    assert columns == [["wait"], ["2"], ["+0.000"], ["0.100"], ["+0.000"], ["0.100"]]
