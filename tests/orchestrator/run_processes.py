@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from experience.accounting import Span, read_timeline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+GATES = Path(__file__).parent / "gates"
 ACTORS = {
     "worker": "RolloutWorkerActor",
     "engine": "EngineActor",
@@ -32,12 +35,16 @@ SOMETIMES = {"rank": "RankActor", "stager": "StagerActor"}
 
 
 class MillraceProcess:
-    """One `millrace` command. Leaves no process behind."""
+    """One `millrace` command. Leaves no process behind. With ``gates`` (a directory), `closed` ones hold its actors up."""
 
-    def __init__(self, *arguments: str, directory: Path, cwd: Path | None = None) -> None:
+    def __init__(self, *arguments: str, directory: Path, cwd: Path | None = None, gates: Path | None = None) -> None:
         self.directory = directory
         self._output = directory.with_suffix(".output")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "PYTHONPATH": PATH}
+        path = PATH if gates is None else os.pathsep.join([str(GATES), PATH])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "PYTHONPATH": path}
+        if gates is not None:
+            gates.mkdir()
+            environment["MILLRACE_TEST_GATES"] = str(gates)
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator.cli", *arguments],
@@ -67,7 +74,7 @@ class MillraceProcess:
 
     def wait_for_step(self, step: int, timeout_s: float = 90.0) -> None:
         """Until the metrics tell of learner step ``step``."""
-        self._wait_until(lambda: len(training_lines(self.directory)) >= step, f"step {step}", timeout_s)
+        self.wait_until(lambda: len(training_lines(self.directory)) >= step, f"step {step}", timeout_s)
 
     def kill(self, role: str) -> int:
         """kill -9 the actor of a role; returns its process id."""
@@ -99,12 +106,23 @@ class MillraceProcess:
                 continue
         self._process.wait(30)
 
-    def _wait_until(self, condition: Any, what: str, timeout_s: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Until the condition holds, while the run goes on."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.running, f"the run ended before {what}:\n{self.output[-4000:]}"
             assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output[-4000:]}"
             time.sleep(0.05)
+
+
+@contextmanager
+def closed(gates: Path, name: str) -> Iterator[None]:
+    """Code of the run that comes to the gate waits there until the block is left, see `gates.gate`."""
+    (gates / name).touch()
+    try:
+        yield
+    finally:
+        (gates / name).unlink()
 
 
 def command_line(process: psutil.Process) -> str:

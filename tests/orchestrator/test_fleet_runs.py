@@ -35,7 +35,7 @@ class FleetRun:
         def found() -> list[FleetEvent]:
             return [entry for entry in self.events() if entry.event == event]
 
-        self.process._wait_until(lambda: len(found()) >= count, f"{count} times {event!r}", timeout_s)
+        self.process.wait_until(lambda: len(found()) >= count, f"{count} times {event!r}", timeout_s)
         return found()[count - 1]
 
     def steps_go_on(self) -> None:
@@ -170,7 +170,7 @@ def test_synthetic_engines_are_killed_and_stopped(tmp_path: Path) -> None:
         assert "no answer within" in condemned.detail
         run.assert_rerouted(condemned.at, 2)
         run.wait_for("serving", 4)
-        process._wait_until(lambda: not alive(stopped.pid), "end of the process that stood still", 30)
+        process.wait_until(lambda: not alive(stopped.pid), "end of the process that stood still", 30)
         run.steps_go_on()
         summary = run.end()
     finally:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import pytest
-import run_processes
-from run_processes import ACTORS, MillraceProcess, command_line, summary_of, training_lines
+from run_processes import ACTORS, MillraceProcess, closed, command_line, summary_of, training_lines
 from test_run_survival import settings
-
-GATES = Path(__file__).parent / "gates"
 
 STOPPED = [
     ("engine", ("generation", "weight sync"), "engine-0"),
@@ -49,24 +44,12 @@ def stopped(run: MillraceProcess, role: str) -> Iterator[None]:
             process.send_signal(signal.SIGCONT)
 
 
-@contextmanager
-def closed(gates: Path, name: str) -> Iterator[None]:
-    (gates / name).touch()
-    try:
-        yield
-    finally:
-        (gates / name).unlink()
-
-
-def test_each_stage_hangs_once_and_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_hangs_once_and_is_named(tiny_model: Path, tmp_path: Path) -> None:
     gates, run = tmp_path / "gates", tmp_path / "run"
-    gates.mkdir()
-    monkeypatch.setattr(run_processes, "PATH", os.pathsep.join([str(GATES), run_processes.PATH]))
-    monkeypatch.setenv("MILLRACE_TEST_GATES", str(gates))
     more = ["tasks.environment=gated_parts:GatedEnvironment", "mode=sync", "run.steps=4000", "run.checkpoint_every=2"]
     more += ["run.stall_warn_floor_s=1", "run.stall_timeout_s=12", "run.view_every_s=0.1"]
     more += ["rewards=[{kind: 'gated_parts:reward', timeout_s: 60}]", "tasks.held_out=4"]
-    process = MillraceProcess("train", *settings(tiny_model, run, *more), directory=run)
+    process = MillraceProcess("train", *settings(tiny_model, run, *more), directory=run, gates=gates)
     try:
         with closed(gates, "evaluation"):  # in mode sync nothing is dispatched while an evaluation runs
             warned(process, 0, ["evaluation: "], "environment-0", timeout_s=120.0)
@@ -111,5 +94,5 @@ def warned(process: MillraceProcess, seen: int, stages: list[str], actor: str, t
     def named() -> bool:
         return any(text.startswith(tuple(stages)) and actor in text for text in said())
 
-    process._wait_until(named, f"warning that names {stages} and {actor}", timeout_s)
+    process.wait_until(named, f"warning that names {stages} and {actor}", timeout_s)
     return said()[-1]
