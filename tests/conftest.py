@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says nothing about the code when other processes want the cores.
-settings.register_profile("millrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says nothing about the code when other processes want the cores. The same examples every time;
+# `pytest --hypothesis-profile=explore` looks at others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("millrace", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("millrace")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -312,24 +312,24 @@ class RoleController:
             return Decision()
         turns = {prefills: measured.turns(prefills, m + n - prefills) for prefills in range(1, m + n)}
         sides = {EngineRole.PREFILL: range(m + 1, m + n), EngineRole.DECODE: range(m - 1, 0, -1)}
-        ways = {to: side for to, side in sides.items() if side and turns[side[0]] > present}
-        if not ways:
-            return Decision(refused=self._refusal(measured, m, n, present))
-        to, best = max(
-            ((to, max(side, key=lambda prefills: turns[prefills])) for to, side in ways.items()),
-            key=lambda way: turns[way[1]],
-        )
-        gain = turns[best] / present - 1.0
+        best = {
+            to: max(side, key=lambda prefills: turns[prefills])
+            for to, side in sides.items()
+            if side and turns[side[0]] > present
+        }
+        gains = {to: turns[prefills] / present - 1.0 for to, prefills in best.items()}
         assert self._averages is not None
         rate, averaged_s = self._averages.values["finished"], now - self._averages.began_at
-        if not self._trust.allows(to, gain, rate, averaged_s, now):
+        trusted = [to for to, gain in gains.items() if self._trust.allows(to, gain, rate, averaged_s, now)]
+        if not trusted:
             return Decision(refused=self._refusal(measured, m, n, present))
-        reason = self._reason(to, turns[ways[to][0]] / present - 1.0, m, n)
-        if abs(best - m) > 1:
-            reason += f" ({best} to prefill and {m + n - best} to decode: {gain:+.1%})"
+        to = max(trusted, key=lambda to: gains[to])
+        reason = self._reason(to, turns[sides[to][0]] / present - 1.0, m, n)
+        if abs(best[to] - m) > 1:
+            reason += f" ({best[to]} to prefill and {m + n - best[to]} to decode: {gains[to]:+.1%})"
         decision = self._flip(decode if to is EngineRole.PREFILL else prefill, to, now, reason)
         if decision.flips:
-            self._trust.flipped(to, gain, rate, now)
+            self._trust.flipped(to, gains[to], rate, now)
         return decision
 
     def _flip(
@@ -358,13 +358,13 @@ class RoleController:
 
     def _refusal(self, measured: Circulation, m: int, n: int, present: float) -> str:
         """Why a flip to prefill was not made that only the KV of suspended sessions speaks against; empty when none was."""
-        if n < 2:
+        more = measured.lost_share(n - 1) - measured.lost_share(n)
+        if n < 2 or more <= 0:
             return ""
         without = measured.turns(m + 1, n - 1, measured.lost_share(n)) / present - 1.0
         if without < self.policy.gain:
             return ""
         gain = measured.turns(m + 1, n - 1) / present - 1.0
-        more = measured.lost_share(n - 1) - measured.lost_share(n)
         return (
             f"one more engine to prefill would evict {more * measured.kv_wanted:.0f} tokens of KV of suspended sessions: "
             f"to compute them again takes {more * measured.context_s:.2f} of its seconds each second, and "

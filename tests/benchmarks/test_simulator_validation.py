@@ -30,6 +30,7 @@ def test_the_table_marks_what_differs() -> None:
     assert list(table.columns[-1].cells) == ["", "differs"]
 
 
+@pytest.mark.slow
 def test_a_tiny_real_run_is_near_its_simulation(tmp_path: Path) -> None:
     out = tmp_path / "pairs.json"
     arguments = ["--suite", "reason", "--modes", "async", "--accelerators", "8", "--steps", "2"]

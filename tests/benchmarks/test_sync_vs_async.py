@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks.simulator_validation import simulator
 from benchmarks.sync_vs_async import learning, measure
 from benchmarks.sync_vs_async.campaign import Campaign, SuiteResult
 from benchmarks.sync_vs_async.clusters import (
@@ -417,6 +418,14 @@ def test_a_small_campaign_keeps_its_promises(tmp_path: Path) -> None:
         assert sum(row["idle"].values()) <= 1.0 + 1e-6
     assert [row["mode"] for row in suite["rows"]] == ["sync", "async"]
     assert figure.stat().st_size > 1000
+    pairs = tmp_path / "pairs.json"
+    arguments = ["--suite", "reason", "--modes", "sync,async", "--runs", str(tmp_path / "runs"), "--json", str(pairs)]
+    compared = CliRunner().invoke(simulator, arguments)
+    assert compared.exit_code == 0, compared.output
+    for row, pair in zip(suite["rows"], json.loads(pairs.read_text())["results"], strict=True):
+        assert pair["mode"] == row["mode"]
+        assert pair["simulated_step_s"] > 0
+        assert abs(pair["real_step_s"] / row["step_s"] - 1) < 0.5, "of the same run, by another window"
 
 
 def test_wrong_choices_are_named(tmp_path: Path) -> None:

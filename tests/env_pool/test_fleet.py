@@ -62,7 +62,7 @@ class PoolStateMachine(RuleBasedStateMachine):
 
 
 TestPoolState = PoolStateMachine.TestCase
-TestPoolState.settings = settings(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
+TestPoolState.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 
 
 def test_a_lease_is_not_given_twice() -> None:

@@ -42,7 +42,7 @@ def random_inputs(tokens: int, seed: int, dtype: torch.dtype = torch.float64) ->
     ]
 
 
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(sequences=forests(vocabulary=3), seed=st.integers(0, 99))
 def test_attention_and_its_gradient_are_those_of_the_dense_mask(sequences: Sequences, seed: int) -> None:
     layout = make_tree_layout(build_forest(sequences, ALWAYS))
@@ -66,7 +66,7 @@ def test_attention_and_its_gradient_are_those_of_the_dense_mask(sequences: Seque
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=10, derandomize=True)
+@settings(max_examples=10)
 @given(sequences=forests(most=30))
 def test_the_block_mask_gives_flex_attention_the_same_mask(sequences: Sequences) -> None:
     """FlexAttention's own plain implementation; compiled it runs on GPUs only (tests/gpu)."""
@@ -118,7 +118,7 @@ def assert_equal_passes(shared: list[Any], plain: list[Any]) -> None:
         torch.testing.assert_close(shared[2][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
-@settings(max_examples=25, derandomize=True)
+@settings(max_examples=25)
 @given(sequences=forests(), seed=st.integers(0, 99))
 def test_log_probabilities_loss_and_gradient_are_those_without_sharing(
     model_directory: Path, sequences: Sequences, seed: int

@@ -31,6 +31,8 @@ ACTORS = {
     "controller": "Controller",
 }
 """Of every run; each keeps books of its seconds."""
+RAYS_OWN_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
+"""They end by themselves when they have noticed, a minute or two later, that Ray's daemon is gone."""
 SOMETIMES = {"rank": "RankActor", "stager": "StagerActor"}
 
 
@@ -88,9 +90,12 @@ class MillraceProcess:
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 
-    def kill_all(self) -> None:
-        """kill -9 the command and everything it started."""
-        self.close()
+    def kill_command(self) -> list[psutil.Process]:
+        """kill -9 the command alone; returns what it had started and should end too."""
+        started = without_rays_own(psutil.Process(self._process.pid).children(recursive=True))
+        self._process.kill()
+        self._process.wait(30)
+        return started
 
     def close(self) -> None:
         try:
@@ -131,6 +136,10 @@ def command_line(process: psutil.Process) -> str:
         return " ".join([process.name(), *process.cmdline()])
     except psutil.NoSuchProcess:
         return ""
+
+
+def without_rays_own(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if not any(name in command_line(process) for name in RAYS_OWN_AGENTS)]
 
 
 def training_lines(directory: Path) -> list[dict[str, Any]]:

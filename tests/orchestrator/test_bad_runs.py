@@ -15,7 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_processes import PATH, REPOSITORY, MillraceProcess, assert_balanced, command_line, summary_of, training_lines
+from run_processes import (
+    PATH,
+    REPOSITORY,
+    MillraceProcess,
+    assert_balanced,
+    summary_of,
+    training_lines,
+    without_rays_own,
+)
 
 SMALL = [
     "rollout.groups_per_update=4",
@@ -25,16 +33,10 @@ SMALL = [
     "tasks.environment=coin_environment:CoinEnvironment",
 ]
 FAULTY_PARTS = Path(__file__).parent / "faulty_parts.py"
-RAYS_OWN_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
-"""They end by themselves when they have noticed, a minute or two later, that Ray's daemon is gone."""
 
 
 def settings(model: Path, run: Path, *more: str) -> list[str]:
     return ["configs/smoke.yaml", f"model.path={model}", f"run.dir={run}", *SMALL, *more]
-
-
-def without_rays_own(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if not any(name in command_line(process) for name in RAYS_OWN_AGENTS)]
 
 
 def last_line(process: MillraceProcess) -> str:
@@ -183,23 +185,6 @@ def test_ctrl_c_ends_a_run_in_good_order_and_leaves_nothing_behind(
             assert summary["status"] == "interrupted"
             assert_balanced(summary)
             assert list((run / "checkpoints").glob("step-*"))
-    finally:
-        terminal.close()
-        for process in psutil.wait_procs(started, 0)[1]:
-            process.kill()
-
-
-def test_kill_9_of_the_command_ends_its_actors(tiny_model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    terminal = TerminalProcess(*settings(tiny_model, run, "run.steps=4000"))
-    started: list[psutil.Process] = []
-    try:
-        started = terminal.wait_for_step(run, 1)
-        own = without_rays_own(started)
-        assert len(own) >= 9  # seven actors and Ray's daemons
-        terminal.process.kill()
-        _, alive = psutil.wait_procs(own, 30)
-        assert alive == []
     finally:
         terminal.close()
         for process in psutil.wait_procs(started, 0)[1]:

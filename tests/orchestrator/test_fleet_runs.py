@@ -177,6 +177,7 @@ def test_synthetic_engines_are_killed_and_stopped(tmp_path: Path) -> None:
         process.close()
     run.assert_nothing_lost()
     assert summary["actors_replaced"] == 2
+    assert all(line["lag/max"] <= 8 for line in training_lines(directory))
 
 
 def alive(pid: int) -> bool:

@@ -164,7 +164,7 @@ class ProbeMachine(RuleBasedStateMachine):
 
 
 TestProbeMachine = ProbeMachine.TestCase
-TestProbeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestProbeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_a_silent_engine_is_condemned_within_the_time_that_the_policy_names() -> None:

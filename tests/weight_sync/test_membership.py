@@ -160,4 +160,4 @@ class MembershipMachine(RuleBasedStateMachine):
 
 
 TestMembershipMachine = MembershipMachine.TestCase
-TestMembershipMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestMembershipMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -219,4 +219,4 @@ class PublicationMachine(RuleBasedStateMachine):
 
 
 TestPublicationMachine = PublicationMachine.TestCase
-TestPublicationMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+TestPublicationMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
