@@ -424,8 +424,8 @@ def test_a_small_campaign_keeps_its_promises(tmp_path: Path) -> None:
     assert compared.exit_code == 0, compared.output
     for row, pair in zip(suite["rows"], json.loads(pairs.read_text())["results"], strict=True):
         assert pair["mode"] == row["mode"]
-        assert pair["simulated_step_s"] > 0
-        assert abs(pair["real_step_s"] / row["step_s"] - 1) < 0.5, "of the same run, by another window"
+        assert min(pair["real_step_s"], pair["simulated_step_s"]) > 0
+        assert pair["real_lag"] <= row["lag_max"]
 
 
 def test_wrong_choices_are_named(tmp_path: Path) -> None:
