@@ -31,7 +31,7 @@ def readme_command(example: str) -> list[str]:
     return shlex.split(found[1])
 
 
-def run_as_documented(example: str, directory: Path, timeout_s: float = 180.0) -> None:
+def run_as_documented(example: str, directory: Path, timeout_s: float = 270.0) -> None:
     """Run that command from the repository's root, with another run directory. Leaves no process behind."""
     command = [*readme_command(example), f"run.dir={directory}"]
     output = directory.with_suffix(".output")

@@ -41,6 +41,8 @@ class TinyEngine(EngineActor):
         self.silent = asyncio.Event()
         """Set once it has been called."""
         self.sampled = asyncio.Event()
+        self.most_tokens: int | None = None
+        """It samples no more than about so many of all requests together."""
         self.on_commit: Callable[[int], None] = lambda change: None
 
     def _build(self, path: Path, dtype: str, threads: int, version: int) -> Any:
@@ -50,6 +52,8 @@ class TinyEngine(EngineActor):
 
     def _step(self) -> list[TokenChunk]:
         before = self._engine.counters.generated_tokens
+        if self.most_tokens is not None and before >= self.most_tokens:
+            return []
         chunks = super()._step()
         if self._engine.counters.generated_tokens > before:
             self.sampled.set()
