@@ -128,13 +128,13 @@ def test_a_run_moves_its_engines_to_where_the_work_is(tmp_path: Path) -> None:
         "rollout.group_size=4",
         "rollout.concurrency=128",
         "staleness.target_lag=4",
-        "run.steps=12",
+        "run.steps=6",
     ]
     process = MillraceProcess("train", "configs/synthetic.yaml", f"run.dir={run}", *settings, directory=run)
     assert process.wait(180) == 0, process.output[-3000:]
     summary = summary_of(run)
     assert_balanced(summary)
-    assert summary["ledger"]["trained"] == 12 * 8
+    assert summary["ledger"]["trained"] == 6 * 8
     flips = [event for event in read_fleet_events(run / "fleet.jsonl") if event.event in ("prefill", "decode")]
     assert flips, "nothing flipped"
     assert flips[0].event == "decode"
