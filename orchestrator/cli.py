@@ -86,7 +86,7 @@ def _guarded(command: F) -> F:
             click.echo(str(error), err=True)
             sys.exit(130)
         except (ConfigError, RunDirectoryError, LaunchError, CheckpointError, FileNotFoundError) as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return guarded  # type: ignore[return-value]

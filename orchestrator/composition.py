@@ -159,7 +159,7 @@ def locate(name: str) -> Path:
     packaged = Path(str(resources.files("configs"))) / f"{name.removesuffix('.yaml')}.yaml"
     if len(path.parts) == 2 and path.parts[0] == "objectives" and packaged.is_file():
         return packaged
-    near = difflib.get_close_matches(path.stem, packaged_names(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path.stem, packaged_names(), n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}? " if near and bare else ""
     raise ConfigError(
         f"config file {name!r} does not exist; {hint}packaged configs: {', '.join(packaged_names()) or 'none'} "

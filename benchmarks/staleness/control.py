@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.output import document, save_figure, table_console, write_json
 from benchmarks.staleness.command import rewrite
-from benchmarks.staleness.study import StudyError, prepare_model, read_rows, standard_error
+from benchmarks.staleness.study import StudyError, prepare_model, read_rows, standard_error, worker_pool
 
 TABLE_WIDTH = 120
 
@@ -129,7 +128,7 @@ def staleness_control(
     rewrite(rows_path, rows)
     finished = {(row["variant"], row["seed"]) for row in rows}
     waiting = [(name, seed) for seed in chosen for name in names if (name, seed) not in finished]
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(processes) as pool:
         models = dict(zip(chosen, pool.map(prepare_model, [(config, s, directory) for s in chosen]), strict=True))
         running = {
             pool.submit(run_variant, (name, seed, steps, eval_every, held_out, config, models[seed])): (name, seed)
@@ -140,8 +139,6 @@ def staleness_control(
             try:
                 row = future.result()
             except Exception as error:
-                for other in running:
-                    other.cancel()
                 raise click.ClickException(f"{name}, seed {seed}: {type(error).__name__}: {error}") from error
             rows.append(row)
             with rows_path.open("a", encoding="utf-8") as file:

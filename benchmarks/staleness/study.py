@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -97,20 +98,33 @@ def run_study(
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run every trial; ``keep`` gets each result as it comes. Raises StudyError naming the trial that failed."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with worker_pool(processes) as pool:
         seeds = sorted({trial.seed for trial in waiting})
         models = dict(zip(seeds, pool.map(prepare_model, [(config, seed, directory) for seed in seeds]), strict=True))
         running: dict[Future[dict[str, Any]], Trial] = {
             pool.submit(run_one, trial, models[trial.seed], config): trial for trial in waiting
         }
-        try:
-            for future in as_completed(running):
+        for future in as_completed(running):
+            try:
                 keep(future.result())
-        except Exception as error:
-            for future in running:
-                future.cancel()
-            raise StudyError(f"{running[future].key}: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                raise StudyError(f"{running[future].key}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of their own for trials. Left by an error or a signal, it ends them at once, not after their trials."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.join()
+            raise
 
 
 def prepare_model(job: tuple[str, int, Path]) -> Path:

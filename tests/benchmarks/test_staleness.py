@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.staleness.command import draw, staleness, table
 from benchmarks.staleness.run import Outcome, Trial, area_under, configuration, run_trial
-from benchmarks.staleness.study import CORRECTIONS, StudyError, cells, done, read_rows, trials
+from benchmarks.staleness.study import CORRECTIONS, StudyError, cells, done, read_rows, trials, worker_pool
 from orchestrator.config import validate
 from orchestrator.recipes import make_model
 
@@ -25,6 +28,19 @@ SMALL = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("shop_untrained", tmp_path_factory.mktemp("model"), 0)
+
+
+def end_in_a_trial() -> None:
+    with worker_pool(1) as pool:
+        assert pool.submit(abs, -1).result(60) == 1
+        pool.submit(time.sleep, 3600)
+        sys.exit(143)
+
+
+def test_a_study_that_is_ended_ends_its_workers_at_once() -> None:
+    with pytest.raises(SystemExit):
+        end_in_a_trial()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -25,7 +25,7 @@ def refused(*arguments: str) -> str:
     result = CliRunner().invoke(main, list(arguments))
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.output
-    assert result.output.startswith("error: ")
+    assert result.output.startswith("Error: ")
     return result.output
 
 
