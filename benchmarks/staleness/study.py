@@ -111,6 +111,10 @@ def run_study(
                 raise StudyError(f"{running[future].key}: {type(error).__name__}: {error}") from error
 
 
+ENDED_S = 10.0
+"""How long a killed worker may take to be gone."""
+
+
 @contextmanager
 def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of their own for trials. Left by an error or a signal, it ends them at once, not after their trials."""
@@ -121,9 +125,9 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=False, cancel_futures=True)
             workers = multiprocessing.active_children()
             for worker in workers:
-                worker.terminate()
+                worker.kill()
             for worker in workers:
-                worker.join()
+                worker.join(ENDED_S)
             raise
 
 

@@ -101,6 +101,7 @@ def test_external_servers_that_are_not_there_are_named(
 
 def test_a_missing_config_file_is_named_with_those_there_are() -> None:
     assert "did you mean 'smoke'" in refused("train", "smok")
+    assert "did you mean" not in refused("train", "nonsense")
     assert "quickstart" in refused("train", "here/is/nothing.yaml")
     assert "quickstart" in refused("train")
     assert "did you mean 'smoke'" in refused("plan", "smok")

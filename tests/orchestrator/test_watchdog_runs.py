@@ -73,6 +73,7 @@ def test_each_stage_hangs_once_and_is_named(tiny_model: Path, tmp_path: Path) ->
     assert "(environment-0)" in last
     summary = summary_of(run)
     assert summary["status"] == "failed"
+    assert all(line["lag/max"] == 0 and abs(line["kl/mismatch"]) < 1e-3 for line in training_lines(run))
     assert [stall["stage"] for stall in summary["stalls"]][-6:] == [*(stage for _, stage, _, _ in GATED), "environment"]
     assert all(stall["seconds"] > 1 for stall in summary["stalls"])
     assert summary["actors_replaced"] == 0

@@ -195,6 +195,15 @@ def test_it_finds_the_best_of_all_divisions_from_the_worst(output: float, factor
     assert reached >= plant.best() / (1 + POLICY.gain)
 
 
+def test_where_the_better_direction_is_not_trusted_the_other_one_is_taken() -> None:
+    """One engine to prefill would be nearly as good as five, and three, the beginning, is the worst of all."""
+    plant = make_plant(3, 3, episodes=217.0, prompt=3018.0, output=10.0, tool_s=23.0, half_concurrency=1.0)
+    said = drive(plant, RoleController(POLICY), 600.0, every=2.0)
+    assert plant.count(PREFILL) == 5
+    assert [flip.to for _, decision in said for flip in decision.flips] == [PREFILL, PREFILL]
+    assert all("evict 0 tokens" not in decision.refused for _, decision in said)
+
+
 def test_it_follows_a_shift_of_the_load() -> None:
     plant, controller = make_plant(2, 6, prompt=200.0, output=400.0, redone=0.3), RoleController(POLICY)
     drive(plant, controller, 600.0)
