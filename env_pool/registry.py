@@ -56,6 +56,12 @@ def load_environment(name: str) -> type[Environment]:
     return _loaded[name]
 
 
+def defines(kind: type[Environment], name: str) -> bool:
+    """Whether an environment has a method of its own, or of a class between it and `Environment`."""
+    mine, base = getattr(kind, name), getattr(Environment, name)
+    return getattr(mine, "__func__", mine) is not getattr(base, "__func__", base)  # behind a class method is a function
+
+
 @dataclass(frozen=True)
 class TaskSource:
     """Numbered tasks of one split; the only state a reader needs is the next index."""

@@ -23,7 +23,8 @@ from typing import Any
 
 import psutil
 
-from env_pool.registry import TaskSource, load_environment, load_object
+from env_pool.environment import Environment
+from env_pool.registry import TaskSource, defines, load_environment, load_object
 from orchestrator.announce import Announcer
 from orchestrator.config import Config, ConfigError, secret_values, validate
 from orchestrator.model_files import check_model, check_synthetic
@@ -33,6 +34,7 @@ from orchestrator.snapshot import Snapshot
 from orchestrator.view import LiveView
 from rollout_workers.engines.config import SERVERS
 from rollout_workers.errors import EngineFault
+from rollout_workers.loops import BUNDLED as LOOPS
 from rollout_workers.loops import load_loop
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def check(config: Config) -> None:
     _try_user_code("tasks.environment", name, lambda: load_environment(name))
     tasks = TaskSource.from_config(config.tasks, "train", config.seed)
     _try_user_code("tasks.environment", f"{name} (make_task)", lambda: tasks.task(0))
+    _check_environment(config, load_environment(name))
     for kind in (reward.kind for reward in config.rewards if reward.kind != "rule"):
         _try_user_code("rewards", kind, partial(load_object, kind, "rewards"))
     if config.model.path is not None:
@@ -89,6 +92,23 @@ def check(config: Config) -> None:
         )
     if config.engines.kind in SERVERS and config.cluster.address == "local":  # else the engines are on other machines
         _check_servers(config)
+
+
+def _check_environment(config: Config, kind: type[Environment]) -> None:
+    """That the environment has the methods that this run will call: a loop of the user's own may need no ``step``."""
+    acts = config.rollout.loop in LOOPS
+    needed = {
+        "reset(task)": acts,
+        "step(action)": acts,
+        "restore(task, state)": defines(kind, "snapshot"),
+        "verify(task, outcome)": any(reward.kind == "rule" for reward in config.rewards),
+    }
+    missing = [method for method, asked in needed.items() if asked and not defines(kind, method.partition("(")[0])]
+    if missing:
+        raise ConfigError(
+            f"tasks.environment: {config.tasks.environment!r} does not define {', '.join(missing)}, which "
+            f"rollout.loop={config.rollout.loop} or rewards of kind 'rule' call; add that to {kind.__name__}"
+        )
 
 
 def _check_servers(config: Config) -> None:

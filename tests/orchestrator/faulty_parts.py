@@ -9,7 +9,7 @@ from typing import Any
 
 from coin_environment import CoinEnvironment
 
-from env_pool.environment import StepResult, VerifierResult
+from env_pool.environment import Environment, StepResult, VerifierResult
 from experience.records import Task
 from rollout_workers import Episode
 
@@ -52,3 +52,13 @@ class ConstantEnvironment(CoinEnvironment):
     @classmethod
     def verify(cls, task: Task, outcome: Mapping[str, Any]) -> VerifierResult:
         return VerifierResult(reward=1.0)
+
+
+class UnfinishedEnvironment(Environment):
+    """Makes tasks and snapshots, and nothing else."""
+
+    name = "unfinished"
+    make_task = CoinEnvironment.make_task
+
+    def snapshot(self) -> bytes:
+        return b""

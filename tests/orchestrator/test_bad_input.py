@@ -99,6 +99,15 @@ def test_external_servers_that_are_not_there_are_named(
     assert "check engines.sglang.urls" in text
 
 
+def test_methods_that_the_environment_lacks_are_named_if_the_run_calls_them(refuse: Callable[..., str]) -> None:
+    unfinished = "tasks.environment=faulty_parts:UnfinishedEnvironment"
+    assert "does not define reset(task), step(action), restore(task, state), verify(task, outcome)" in " ".join(
+        refuse(unfinished).split()
+    )
+    own_loop = refuse(unfinished, "rollout.loop=faulty_parts:mostly_sound", "rewards=[]")
+    assert "does not define restore(task, state), which" in " ".join(own_loop.split())
+
+
 def test_a_missing_config_file_is_named_with_those_there_are() -> None:
     assert "did you mean 'smoke'" in refused("train", "smok")
     assert "did you mean" not in refused("train", "nonsense")
